@@ -1,0 +1,597 @@
+# Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
+"""
+Qwen3-VL with Persistent Visual Memory (PVM, arXiv 2605.00814): what differs from the stock model, and nothing else.
+
+A few decoder layers carry a gated branch beside their FFN. It is a cross-attention from text tokens to the visual
+embeddings as they entered the decoder, so its softmax runs over the image only and text cannot dilute it:
+
+    y = x + FFN(RMSNorm(x)) + gate * RMSNorm(W_out h) * is_text
+    h = a + SwiGLU(RMSNorm(a)),   a = CrossAttention(RMSNorm(W_text x); W_vision V)
+
+During generation the branch's keys and values are computed once, when the visual tokens arrive, and ride with the KV
+cache: each branch keeps them in the cache layer of its own decoder layer. No module holds any state.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLPreTrainedModel,
+    Qwen3VLTextAttention,
+    Qwen3VLTextDecoderLayer,
+    Qwen3VLTextMLP,
+    Qwen3VLTextModel,
+    Qwen3VLTextRMSNorm,
+    Qwen3VLVisionModel,
+    eager_attention_forward,
+)
+
+
+try:
+    from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+except ImportError:  # imported from a checkout, where this file is a top-level module
+    from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+
+
+# Position of a slot that holds no visual token, in rows that have fewer than their neighbours: after every query.
+NO_POSITION = torch.iinfo(torch.long).max
+
+
+class VisualRouting(NamedTuple):
+    """
+    Who reads what in one forward pass; made once by the text model and shared by all its branches. `visual` counts the
+    tokens in memory, those of earlier passes included; indices count within this pass, positions within the sequence.
+
+    visual_positions (`torch.LongTensor` `[batch, visual]`): `NO_POSITION` where a row has no such token.
+    complete (`bool`): no slot of `visual_positions` is `NO_POSITION`.
+    query_index (`torch.LongTensor` `[batch, query]` or `None`): the tokens that go through the branch; `None`: all.
+    reads (`torch.BoolTensor` `[batch, query, 1]` or `None`): queries that see any visual token; `None`: all.
+    mask (`torch.BoolTensor` `[batch, 1, query, visual]` or `None`): who sees whom; `None`: everything is visible.
+    """
+
+    visual_positions: torch.LongTensor
+    complete: bool
+    query_index: torch.LongTensor | None = None
+    reads: torch.BoolTensor | None = None
+    mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class VisualMemory:
+    """
+    What one branch remembers of the images and videos of a conversation.
+
+    keys, values (`torch.Tensor` `[batch, key_value_heads, visual, head_dim]`): in the branch's dtype.
+    positions (`torch.LongTensor` `[batch, visual]`), complete (`bool`): as in [`VisualRouting`].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.LongTensor
+    complete: bool
+
+    def select(self, rows: torch.LongTensor) -> "VisualMemory":
+        """The memory of the given batch rows, in that order."""
+        rows = rows.to(self.keys.device)
+        return VisualMemory(self.keys[rows], self.values[rows], self.positions[rows], self.complete)
+
+    def crop(self, length: int) -> "VisualMemory | None":
+        """The memory of the first `length` positions of the sequence, `None` if no row has any there."""
+        positions = self.positions.masked_fill(self.positions >= length, NO_POSITION)
+        kept = (positions != NO_POSITION).any(dim=0)
+        if not kept.any():
+            return None
+        positions = positions[:, kept]
+        complete = bool((positions != NO_POSITION).all())
+        return VisualMemory(self.keys[:, :, kept], self.values[:, :, kept], positions, complete)
+
+    def to(self, device: torch.device | str) -> "VisualMemory":
+        keys, values = (states.to(device, non_blocking=True) for states in (self.keys, self.values))
+        return VisualMemory(keys, values, self.positions.to(device), self.complete)
+
+
+class VisualMemoryLayerMixin:
+    """Lets a [`VisualMemory`] follow whatever is done to the cache layer that it rides with."""
+
+    visual_memory: VisualMemory | None = None
+
+    def reset(self):
+        super().reset()
+        self.visual_memory = None
+
+    def crop(self, *args, **kwargs):
+        super().crop(*args, **kwargs)
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.visual_memory is not None:
+            self._select_rows(torch.arange(self.visual_memory.keys.shape[0]).repeat_interleave(repeats))
+
+    def offload(self):
+        super().offload()
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.to("cpu")
+
+    def prefetch(self):
+        super().prefetch()
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.to(self.device)
+
+    def _select_rows(self, rows):
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.select(rows)
+
+
+@functools.cache
+def _with_visual_memory(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    # `_layer_type` must not be inherited: transformers would register the subclass for every cache made later.
+    return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), {"_layer_type": None})
+
+
+def read_visual_memory(past_key_values: Cache | None, layer_idx: int) -> VisualMemory | None:
+    """The memory that rides with decoder layer `layer_idx` in the cache, `None` if nothing has been seen yet."""
+    if past_key_values is None or layer_idx >= len(past_key_values.layers):
+        return None
+    layer = past_key_values.layers[layer_idx]
+    return layer.visual_memory if isinstance(layer, VisualMemoryLayerMixin) else None
+
+
+def write_visual_memory(past_key_values: Cache, layer_idx: int, memory: VisualMemory) -> None:
+    """
+    Let `memory` ride with decoder layer `layer_idx`. The layer object that the cache was made with, of whatever class,
+    is replaced once by one of the same class that carries a memory and shares all its attributes.
+    """
+    layer = past_key_values.layers[layer_idx]
+    if not isinstance(layer, VisualMemoryLayerMixin):
+        layer_class = _with_visual_memory(type(layer))
+        carrier = layer_class.__new__(layer_class)
+        carrier.__dict__ = layer.__dict__
+        past_key_values.layers[layer_idx] = layer = carrier
+    layer.visual_memory = memory
+
+
+class Qwen3VLPVMCrossAttention(nn.Module):
+    """Attention from text to visual tokens with the backbone's head size, GQA ratio and head norms, without rotary."""
+
+    def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        heads, key_value_heads = config.pvm_num_attention_heads, config.pvm_num_key_value_heads
+        self.num_key_value_groups = heads // key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+
+        hidden_size, bias = config.pvm_hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=bias)
+        self.q_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_states: torch.Tensor | None,
+        routing: VisualRouting,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): the text tokens.
+            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): visual tokens of this
+                pass; `None` if it brings none and memory alone is read.
+            routing (`VisualRouting`): who reads what.
+            past_key_values (`Cache`, *optional*): where the memory of earlier passes is, and this one's goes.
+
+        Returns:
+            `[batch, query, pvm_hidden_size]`, exactly zero for a query that sees nothing, and, with eager attention,
+            the weights `[batch, heads, query, visual]`.
+        """
+        input_shape = hidden_states.shape[:-1]
+        query = self.q_norm(self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)).transpose(1, 2)
+
+        memory = read_visual_memory(past_key_values, self.layer_idx)
+        if visual_states is not None:
+            visual_shape = (*visual_states.shape[:-1], -1, self.head_dim)
+            key = self.k_norm(self.k_proj(visual_states).view(visual_shape)).transpose(1, 2)
+            value = self.v_proj(visual_states).view(visual_shape).transpose(1, 2)
+            if memory is not None:
+                key = torch.cat([memory.keys.to(key.device), key], dim=2)
+                value = torch.cat([memory.values.to(value.device), value], dim=2)
+            if past_key_values is not None:
+                memory = VisualMemory(key, value, routing.visual_positions, routing.complete)
+                write_visual_memory(past_key_values, self.layer_idx, memory)
+        else:
+            key, value = memory.keys.to(query.device), memory.values.to(query.device)
+
+        implementation, mask = self.config._attn_implementation, routing.mask
+        if implementation == "eager":
+            if mask is not None:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        elif mask is not None or query.dtype == torch.float32:
+            # Only sdpa takes a mask of this form, and flash attention neither that nor float32.
+            implementation = "sdpa"
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1))
+        if routing.reads is not None:
+            attn_output = attn_output.masked_fill(~routing.reads, 0.0)
+            if attn_weights is not None:
+                attn_weights = attn_weights.masked_fill(~routing.reads[:, None], 0.0)
+        return attn_output, attn_weights
+
+
+class Qwen3VLPVMBlock(nn.Module):
+    """The branch of one decoder layer (section 3 of the paper), parameter names as in the authors' implementation."""
+
+    def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
+        super().__init__()
+        latent_config = copy.deepcopy(config)
+        latent_config.hidden_size = config.pvm_hidden_size
+        latent_config.intermediate_size = config.pvm_intermediate_size
+
+        self.text_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
+        self.vision_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
+        self.input_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
+        self.cross_attn = Qwen3VLPVMCrossAttention(config, layer_idx)
+        self.post_attn_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Qwen3VLTextMLP(latent_config)
+        self.output_expander = nn.Linear(config.pvm_hidden_size, config.hidden_size, bias=False)
+        self.gate_alpha = nn.Parameter(torch.zeros(1))
+        self.eps = config.rms_norm_eps
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeds: torch.Tensor | None,
+        routing: VisualRouting,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` `[batch, query, hidden_size]`): the residual stream x at the text tokens.
+            visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
+            routing, past_key_values: as in [`Qwen3VLPVMCrossAttention`].
+
+        Returns:
+            `torch.Tensor` `[batch, query, hidden_size]` in the dtype of `hidden_states`: what is added to the stream.
+        """
+        # The branch may be kept in another dtype than the backbone: float32 in training, where AdamW needs it.
+        dtype = self.gate_alpha.dtype
+        query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))
+        visual_states = None if visual_embeds is None else self.vision_reducer(visual_embeds.to(dtype))
+        attended, _ = self.cross_attn(query_states, visual_states, routing, past_key_values)
+        attended = attended + self.mlp(self.post_attn_norm(attended))
+        expanded = self.output_expander(attended)
+        # RMSNorm without a weight: the gate alone sets the size of what is injected.
+        expanded = nn.functional.rms_norm(expanded.float(), expanded.shape[-1:], eps=self.eps)
+        return (self.gate_alpha * expanded).to(hidden_states.dtype)
+
+
+class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
+    """A stock decoder layer with a branch beside its FFN."""
+
+    def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.pvm_block = Qwen3VLPVMBlock(config, layer_idx)
+
+    def __call__(self, hidden_states, *, visual_embeds=None, **kwargs):
+        # Reentrant gradient checkpointing differentiates positional arguments only, and nothing at all unless one of
+        # them requires grad: the visual embeddings go by position, and the stream starts to require grad here, in the
+        # first layer that trains, not in the frozen layers below.
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if not hidden_states.requires_grad:
+                hidden_states = hidden_states.detach().requires_grad_()
+        return super().__call__(hidden_states, visual_embeds, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeds: torch.Tensor | None = None,
+        visual_routing: VisualRouting | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` `[batch, sequence, hidden_size]`): the residual stream.
+            visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): visual tokens of this pass.
+            visual_routing (`VisualRouting`, *optional*): who reads what; `None` if there is nothing to read.
+        """
+        if visual_routing is None:
+            return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+
+        attn_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attn_output
+
+        query_index, queries = visual_routing.query_index, hidden_states
+        if query_index is not None:
+            query_index = query_index[..., None].expand(-1, -1, hidden_states.shape[-1])
+            queries = hidden_states.gather(1, query_index)
+        injected = self.pvm_block(queries, visual_embeds, visual_routing, past_key_values)
+
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if query_index is None:
+            return hidden_states + injected
+        return hidden_states.scatter_add(1, query_index, injected)
+
+
+class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
+    config: Qwen3VLPVMConfig
+    _no_split_modules = ["Qwen3VLTextDecoderLayer", "Qwen3VLPVMTextDecoderLayer", "Qwen3VLVisionBlock"]
+    _can_record_outputs = {
+        "hidden_states": Qwen3VLTextDecoderLayer,
+        "attentions": Qwen3VLTextAttention,
+        "pvm_attentions": Qwen3VLPVMCrossAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # The gate alone is zero: the model starts as the stock one, and the gate has a gradient from the first step.
+        # (Were the output projection zero as well, no parameter of the branch would ever get one.)
+        if isinstance(module, Qwen3VLPVMBlock):
+            init.zeros_(module.gate_alpha)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        Load a PVM checkpoint, a stock Qwen3-VL checkpoint (its branches are new, their gates zero) or one of the
+        authors' implementation.
+
+        Raises:
+            ValueError: if the checkpoint is marked as trained and its branches are missing or switched off.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        mark = model.config.get_text_config().pvm_training
+        if mark is not None:
+            missing = sorted(key for key in loading_info["missing_keys"] if ".pvm_block." in key)
+            if missing:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} says that its PVM branches were trained ({mark}), but "
+                    f"{len(missing)} of their weights are missing, e.g. {missing[0]}: they would be random. Get the "
+                    "complete checkpoint; to start new branches, load the stock checkpoint that it came from."
+                )
+            gates = [module.gate_alpha for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)]
+            # Weights offloaded to disk, or held by another rank, cannot be looked at here.
+            gates = [gate for gate in gates if gate.device.type != "meta" and gate.numel() > 0]
+            if gates and not any(gate.any() for gate in gates):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} says that its PVM branches were trained ({mark}), but all gates "
+                    "are exactly 0, so it would answer as the stock model. Its weights are not the trained ones."
+                )
+        return (model, loading_info) if output_loading_info else model
+
+
+class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
+    """The stock decoder with a branch in the layers `config.pvm_layers`."""
+
+    config: Qwen3VLPVMTextConfig
+
+    def __init__(self, config: Qwen3VLPVMTextConfig):
+        super().__init__(config)
+        for layer_idx in config.pvm_layers:
+            self.layers[layer_idx] = Qwen3VLPVMTextDecoderLayer(config, layer_idx)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        visual_pos_masks: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPast:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
+            visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
+            output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
+                `[batch, heads, sequence, visual]` of each branch; needs eager attention.
+            kwargs: as the stock text model.
+        """
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+
+        record = kwargs.get("output_pvm_attentions", False)
+        if record and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_pvm_attentions=True` needs eager attention, and this model uses "
+                f"{self.config._attn_implementation}. Call `model.set_attn_implementation('eager')` first."
+            )
+
+        memory = read_visual_memory(past_key_values, self.config.pvm_layers[0])
+        visual_embeds = routing = None
+        if visual_pos_masks is None and self.training and torch.is_grad_enabled():
+            # A batch without an image runs one silenced query through each branch, so that every parameter gets its
+            # (zero) gradient: without, the loss has no gradient at all and distributed ranks wait for each other.
+            visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        if visual_pos_masks is not None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            visual_index, routing = self._route(visual_pos_masks, memory, past_length, pack_queries=not record)
+            visual_embeds = inputs_embeds.gather(1, visual_index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+        elif memory is not None:
+            # Everything in memory came before this pass, so there is nothing to compare: no sequence length is read.
+            routing = VisualRouting(memory.positions, memory.complete)
+            if not memory.complete:
+                present = memory.positions != NO_POSITION
+                reads = present.any(dim=1)[:, None, None]
+                routing = routing._replace(reads=reads, mask=(present[:, None] | ~reads)[:, None])
+
+        return super().forward(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            visual_pos_masks=visual_pos_masks,
+            visual_embeds=visual_embeds,
+            visual_routing=routing,
+            **kwargs,
+        )
+
+    def _route(
+        self,
+        visual_mask: torch.BoolTensor,
+        memory: VisualMemory | None,
+        past_length: int | torch.LongTensor,
+        pack_queries: bool,
+    ) -> tuple[torch.LongTensor, VisualRouting]:
+        """
+        Args:
+            visual_mask (`torch.BoolTensor` `[batch, sequence]`): the visual tokens of this pass.
+            memory (`VisualMemory`, *optional*): those of earlier passes.
+            past_length (`int` or 0-dim `torch.LongTensor`): length of the sequence before this pass.
+            pack_queries (`bool`): send only text tokens that see something through the branch, not every token.
+
+        Returns:
+            The indices of the visual tokens of this pass, `[batch, new visual]`, padded with indices of other tokens
+            where a row has fewer, and the routing.
+        """
+        positions = torch.arange(visual_mask.shape[1], device=visual_mask.device) + past_length
+        visual_index, present = _pack(visual_mask)
+        visual_positions = positions[visual_index].masked_fill(~present, NO_POSITION)
+        if memory is not None:
+            visual_positions = torch.cat([memory.positions.to(visual_positions.device), visual_positions], dim=1)
+
+        first, last = visual_positions.aminmax(dim=1, keepdim=True)
+        if self.config.pvm_causal:
+            reads = ~visual_mask & (positions > first)
+        else:
+            reads = ~visual_mask & (first != NO_POSITION)
+
+        query_index = None
+        query_positions = positions.expand_as(reads)
+        if pack_queries:
+            query_index, reads = _pack(reads)
+            query_positions = positions[query_index]
+
+        mask = None
+        first_query = query_positions.masked_fill(~reads, NO_POSITION).amin(dim=1, keepdim=True)
+        visible_to_all = last < first_query if self.config.pvm_causal else last != NO_POSITION
+        if not (visible_to_all | ~reads.any(dim=1, keepdim=True)).all():
+            if self.config.pvm_causal:
+                mask = visual_positions[:, None] < query_positions[..., None]
+            else:
+                mask = (visual_positions != NO_POSITION)[:, None].expand(-1, query_positions.shape[1], -1)
+            # A query that sees nothing is zeroed after the attention, whose softmax must not run over an empty row.
+            mask = (mask | ~reads[..., None])[:, None]
+        complete = bool((last != NO_POSITION).all())
+        return visual_index, VisualRouting(visual_positions, complete, query_index, reads[..., None], mask)
+
+
+def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """
+    Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, row by row and in order, padded with
+    indices of others where a row has fewer than the longest one, n >= 1; and which of them are real, `[batch, n]`.
+    """
+    count = selected.sum(dim=1, keepdim=True)
+    longest = max(int(count.max()), 1)
+    index = selected.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return index, torch.arange(longest, device=selected.device) < count
+
+
+class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
+    """The stock vision tower and the decoder with branches."""
+
+    def __init__(self, config: Qwen3VLPVMConfig):
+        super(Qwen3VLModel, self).__init__(config)  # not Qwen3VLModel's own, which builds the stock decoder
+        self.visual = Qwen3VLVisionModel._from_config(config.vision_config)
+        self.language_model = Qwen3VLPVMTextModel._from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPast:
+        """
+        As the stock model.
+
+        Raises:
+            ValueError: for `inputs_embeds` into which images were merged already: nothing says where they are, and the
+                branches would be off without a word.
+        """
+        vision_inputs = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        if inputs_embeds is not None and all(kwargs.get(name) is None for name in vision_inputs):
+            has_grid = any(kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
+            if has_grid or (mm_token_type_ids is not None and bool(mm_token_type_ids.any())):
+                raise ValueError(
+                    "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
+                    "embeddings are merged in already, the PVM branches cannot know where. Pass `pixel_values` and "
+                    "leave the placeholders' embeddings in `inputs_embeds`, or call `model.language_model("
+                    "inputs_embeds=..., visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+                )
+        return super().forward(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
+        )
+
+
+class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin):
+    """
+    Qwen3-VL with Persistent Visual Memory and its language modelling head.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText
+
+    >>> model = AutoModelForImageTextToText.from_pretrained("path/to/pvm-checkpoint", trust_remote_code=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # Named by class, so that every save writes the code file and its entry of `auto_map` beside the weights.
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: Qwen3VLPVMConfig):
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)  # not its own, which builds the stock model
+        self.model = Qwen3VLPVMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "Qwen3VLPVMForConditionalGeneration",
+    "Qwen3VLPVMModel",
+    "Qwen3VLPVMPreTrainedModel",
+    "Qwen3VLPVMTextModel",
+]
