@@ -142,7 +142,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     model_type = "qwen3_vl_pvm"
     sub_configs = {"vision_config": Qwen3VLConfig.sub_configs["vision_config"], "text_config": Qwen3VLPVMTextConfig}
-    # Named by class, so that every save writes the code file and its entry of `auto_map` beside the config.
+    # Named by class, so that every save writes the code file beside the config.
     _auto_class = "AutoConfig"
 
     def __post_init__(self, **kwargs):

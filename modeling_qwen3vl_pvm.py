@@ -44,6 +44,13 @@ except ImportError:  # imported from a checkout, where this file is a top-level 
     from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_qwen3vl_pvm.Qwen3VLPVMConfig",
+    "AutoModel": "modeling_qwen3vl_pvm.Qwen3VLPVMModel",
+    "AutoModelForImageTextToText": "modeling_qwen3vl_pvm.Qwen3VLPVMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_qwen3vl_pvm.Qwen3VLPVMForConditionalGeneration",
+}
+
 # Position of a slot that holds no visual token, in rows that have fewer than their neighbours: after every query.
 NO_POSITION = torch.iinfo(torch.long).max
 
@@ -368,6 +375,11 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         if isinstance(module, Qwen3VLPVMBlock):
             init.zeros_(module.gate_alpha)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As the stock model, with what `trust_remote_code` needs: the code files and a complete `auto_map`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
@@ -529,6 +541,9 @@ def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTenso
 class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
     """The stock vision tower and the decoder with branches."""
 
+    # Named by class, so that every save writes the code files beside the weights.
+    _auto_class = "AutoModel"
+
     def __init__(self, config: Qwen3VLPVMConfig):
         super(Qwen3VLModel, self).__init__(config)  # not Qwen3VLModel's own, which builds the stock decoder
         self.visual = Qwen3VLVisionModel._from_config(config.vision_config)
@@ -579,7 +594,6 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    # Named by class, so that every save writes the code file and its entry of `auto_map` beside the weights.
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: Qwen3VLPVMConfig):

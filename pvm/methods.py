@@ -1,0 +1,158 @@
+"""What can be trained: PVM branches, and the controls that a claim about them needs. One code path, one report."""
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
+
+from .errors import UserError
+
+
+METHODS = ("pvm", "lora", "full")
+# The linear layers of the decoder; not the vision tower's, whose layers are named otherwise.
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+@dataclass
+class ModelArguments:
+    """The base model, and what is trained in it."""
+
+    model_name_or_path: str = field(metadata={"help": "Base checkpoint: a folder or a Hub name."})
+    method: str = field(
+        default="pvm",
+        metadata={
+            "help": "What trains: `pvm` the branches, `lora` adapters on the language model's linear layers, `full` "
+            "every parameter. The last two are controls.",
+            "choices": METHODS,
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the frozen backbone; `auto` is the checkpoint's. What trains is float32 in any case, "
+            "because AdamW's steps vanish in bfloat16.",
+            "choices": ("auto", "float32", "bfloat16", "float16"),
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "`sdpa` (default), `eager` or `flash_attention_2`."}
+    )
+    pvm_layers: list[int] | None = field(
+        default=None, metadata={"help": "Decoder layers that get a branch; by default 2/9, 4/9 and 6/9 of the depth."}
+    )
+    pvm_hidden_size: int | None = field(default=None, metadata={"help": "Width of a branch (default 512)."})
+    pvm_causal: bool | None = field(
+        default=None, metadata={"help": "Whether text reads only the images before it (default true)."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA control."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA control, over its rank."})
+
+
+def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
+    """
+    The base model with everything frozen but what the method trains; that is float32.
+
+    Raises:
+        UserError: if the checkpoint does not fit the method, or flags contradict it.
+    """
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    loading = {"revision": revision, "dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
+    pvm_fields = {
+        "pvm_layers": arguments.pvm_layers,
+        "pvm_hidden_size": arguments.pvm_hidden_size,
+        "pvm_causal": arguments.pvm_causal,
+    }
+    pvm_fields = {key: value for key, value in pvm_fields.items() if value is not None}
+    if arguments.method != "pvm" and pvm_fields:
+        raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
+
+    if arguments.method == "pvm":
+        model = Qwen3VLPVMForConditionalGeneration.from_pretrained(
+            name, config=_pvm_config(name, revision, pvm_fields), **loading
+        )
+    else:
+        _refuse_pvm_base(name, revision, arguments.method)
+        if arguments.method == "full" and arguments.dtype == "auto":
+            loading["dtype"] = "float32"
+        model = AutoModelForImageTextToText.from_pretrained(name, **loading)
+
+    model.requires_grad_(False)
+    trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not trainable, f"freezing left {trainable} trainable"
+    if arguments.method == "pvm":
+        for block in pvm_blocks(model).values():
+            block.requires_grad_(True).float()
+    elif arguments.method == "lora":
+        lora = LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_alpha, target_modules=LORA_TARGETS)
+        model = get_peft_model(model, lora)  # its weights are float32 over a backbone of any dtype
+    else:
+        model.requires_grad_(True)
+    return model
+
+
+def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:
+    """The branches of a model by decoder layer; empty for a stock one."""
+    return {module.cross_attn.layer_idx: module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)}
+
+
+def _pvm_config(name: str, revision: str, pvm_fields: dict) -> Qwen3VLPVMConfig:
+    stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if not stored:
+        raise UserError(f"{name} has no config.json, so it is no checkpoint. Name a folder or Hub model that has one.")
+    config = Qwen3VLPVMConfig.from_pretrained(name, revision=revision)
+    if "pvm_layers" not in stored.get("text_config", {}):
+        # A stock checkpoint: its branches are made here, so the flags decide.
+        text_config = {**config.text_config.to_dict(), "pvm_layers": None, **pvm_fields}
+        return Qwen3VLPVMConfig.from_dict({**config.to_dict(), "text_config": text_config})
+    for key, wanted in pvm_fields.items():
+        present = config.text_config.to_dict()[key]
+        if present != wanted:
+            raise UserError(
+                f"{name} has branches with {key} = {present}, which --{key} {wanted} contradicts. Leave the flag out "
+                "to train them on, or start from the stock checkpoint."
+            )
+    return config
+
+
+def _refuse_pvm_base(name: str, revision: str, method: str) -> None:
+    stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if stored.get("model_type") != "qwen3_vl" or "pvm_layers" in stored.get("text_config", {}):
+        raise UserError(
+            f"--method {method} is a control and starts from a stock dense Qwen3-VL checkpoint; {name} is none (model "
+            f"type {stored.get('model_type')}, architectures {stored.get('architectures')})."
+        )
+
+
+@dataclass
+class ParameterCount:
+    """How many parameters a part of the model has, and how many of them train."""
+
+    part: str
+    total: int
+    trainable: int
+
+
+def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
+    """Counts by part (vision tower, language model with its head, PVM branches, LoRA); the sum comes last."""
+    counts: dict[str, ParameterCount] = {}
+    for name, parameter in model.named_parameters():
+        if ".pvm_block." in name:
+            part = "PVM branches"
+        elif ".lora_" in name:
+            part = "LoRA"
+        elif ".visual." in name:
+            part = "vision tower"
+        else:
+            part = "language model"
+        for key in (part, "all"):
+            count = counts.setdefault(key, ParameterCount(key, 0, 0))
+            count.total += parameter.numel()
+            count.trainable += parameter.numel() if parameter.requires_grad else 0
+    total = counts.pop("all")
+    return [*counts.values(), total]

@@ -1,0 +1,127 @@
+"""
+Train Persistent Visual Memory branches, or a control, in a frozen Qwen3-VL.
+
+On the embedded default (real handwritten digits, a tiny Qwen3-VL; no GPU, no network):
+
+    python train.py --config recipes/digits_pvm.yaml
+    python train.py --config recipes/digits_pvm.yaml --seed 1 --output_dir runs/digits_pvm_seed1
+
+On a real model and your own conversations (columns `images` and `messages`; a file, a folder or a Hub name):
+
+    python train.py --model_name_or_path Qwen/Qwen3-VL-8B-Instruct --dataset_name my_data.jsonl --bf16 true \\
+        --output_dir runs/qwen3-vl-8b-pvm
+
+Controls for a claim about PVM: the same line with `--method lora` or `--method full`. An interrupted run goes on with
+`--resume_from_checkpoint last`. All of transformers' TrainingArguments are accepted, too.
+"""
+
+import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from pvm.arguments import parse_arguments
+from pvm.data import ConversationCollator, ConversationDataset, load_conversations
+from pvm.errors import UserError
+from pvm.methods import ModelArguments, count_parameters, load_model
+from pvm.trainer import PVMTrainer, PVMTrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """The conversations to learn from."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "A .json, .jsonl or .parquet file, a folder of those, or a Hub name; columns images, messages."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "E.g. `train` or `train[:1000]`."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest conversation in tokens. A longer one is an error; nothing is cut."}
+    )
+
+
+def parameter_table(model) -> Table:
+    """What trains and what does not."""
+    table = Table(title="parameters")
+    for heading in ("part", "all", "trainable", "share of all"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    counts = count_parameters(model)
+    for count in counts:
+        share = f"{count.trainable / counts[-1].total:.2%}"
+        table.add_row(count.part, f"{count.total:,}", f"{count.trainable:,}", share, end_section=count is counts[-2])
+    return table
+
+
+def find_checkpoint(arguments: PVMTrainingArguments) -> str | None:
+    """
+    The checkpoint to go on from, `None` for a new run.
+
+    Raises:
+        UserError: if there is none although one is asked for, or if a new run would overwrite an old one.
+    """
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if resume == "last":
+        if last is None:
+            raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint. Leave the flag out.")
+        return last
+    if resume is not None and not Path(resume).is_dir():
+        raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
+    if resume is None and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir"
+            + (", or go on with --resume_from_checkpoint last." if last else ", or delete it.")
+        )
+    return resume
+
+
+def main(arguments: list[str] | None = None) -> None:
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
+    )
+    console = Console(soft_wrap=True)
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+
+    name = model_args.model_name_or_path
+    processor = AutoProcessor.from_pretrained(name, revision=model_args.model_revision)
+    model = load_model(model_args)
+    console.print(parameter_table(model))
+
+    conversations = load_conversations(data_args.dataset_name, data_args.dataset_split, data_args.dataset_config)
+    dataset = ConversationDataset(conversations, processor, data_args.dataset_name, data_args.max_length)
+    dataset[0]  # a data set of another form is found out before anything else happens
+
+    trainer = PVMTrainer(
+        method=model_args.method,
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")
+    console.print(
+        f"  python eval.py --model {name} {training_args.output_dir} --dataset_name {data_args.dataset_name} "
+        f"--dataset_split test --output_dir {training_args.output_dir}/eval"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, StrictDataclassError, OSError) as error:
+        sys.exit(f"train.py: error: {error}")
