@@ -60,9 +60,10 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
     pvm_training: dict | None = None
 
     def __post_init__(self, **kwargs):
-        if "num_experts" in kwargs:
+        experts = sorted(name for name in kwargs if "experts" in name)
+        if experts:
             raise ValueError(
-                "PVM supports the dense Qwen3-VL models only, and this text config has `num_experts`: it belongs to a "
+                f"PVM supports the dense Qwen3-VL models only, and this text config has `{experts[0]}`: it belongs to a "
                 "mixture-of-experts model. Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
             )
         kwargs.pop("model_type", None)

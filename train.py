@@ -75,14 +75,16 @@ def find_checkpoint(arguments: PVMTrainingArguments) -> str | None:
         if last is None:
             raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint. Leave the flag out.")
         return last
-    if resume is not None and not Path(resume).is_dir():
-        raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
-    if resume is None and output_dir.is_dir() and any(output_dir.iterdir()):
+    if resume is not None:
+        if not Path(resume).is_dir():
+            raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
+        return resume
+    if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(
-            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir"
-            + (", or go on with --resume_from_checkpoint last." if last else ", or delete it.")
+            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
+            + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
         )
-    return resume
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:

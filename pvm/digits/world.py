@@ -77,13 +77,16 @@ class Digits:
         chosen = {"train": order[TEST_DIGITS:], "test": order[:TEST_DIGITS]}[split]
         return cls((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8), bunch.target[chosen])
 
-    def board(self, rng: np.random.Generator) -> tuple[Image.Image, list[int]]:
-        """A random board: its picture (32 x 32, RGB) and its 16 labels, row by row. Labels are uniform."""
-        labels = rng.integers(10, size=SIDE * SIDE)
+    def board(self, rng: np.random.Generator, filled: int = SIDE * SIDE) -> tuple[Image.Image, dict[int, int]]:
+        """A random board: its picture (32 x 32, RGB) and {cell: label} of its `filled` cells; the others are black."""
+        cells = np.sort(rng.permutation(SIDE * SIDE)[:filled])
+        labels = rng.integers(10, size=filled)
         picks = [rng.choice(np.flatnonzero(self.labels == label)) for label in labels]
-        grid = self.images[picks].reshape(SIDE, SIDE, PIXELS, PIXELS).swapaxes(1, 2)
+        grid = np.zeros((SIDE * SIDE, PIXELS, PIXELS), dtype=np.uint8)
+        grid[cells] = self.images[picks]
+        grid = grid.reshape(SIDE, SIDE, PIXELS, PIXELS).swapaxes(1, 2)
         picture = Image.fromarray(grid.reshape(SIDE * PIXELS, SIDE * PIXELS)).convert("RGB")
-        return picture, labels.tolist()
+        return picture, dict(zip(cells.tolist(), labels.tolist(), strict=True))
 
 
 def filler(length: int, rng: np.random.Generator) -> str:
@@ -100,11 +103,13 @@ def _assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def cell_row(digits: Digits, length: int, questions: int, rng: np.random.Generator) -> dict:
-    """A conversation: a board, `length` tokens of filler, then `questions` turns about different cells."""
-    picture, labels = digits.board(rng)
+def cell_row(
+    digits: Digits, length: int, questions: int, rng: np.random.Generator, filled: int = SIDE * SIDE
+) -> dict:
+    """A conversation: a board, `length` tokens of filler, then up to `questions` turns about different filled cells."""
+    picture, labels = digits.board(rng, filled)
     messages = []
-    for turn, cell in enumerate(rng.permutation(SIDE * SIDE)[:questions].tolist()):
+    for turn, cell in enumerate(rng.permutation(list(labels))[:questions].tolist()):
         question = cell_question(cell)
         if turn == 0:
             question = f"{filler(length, rng)}\n{question}"
