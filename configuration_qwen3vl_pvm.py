@@ -63,8 +63,8 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
         experts = sorted(name for name in kwargs if "experts" in name)
         if experts:
             raise ValueError(
-                f"PVM supports the dense Qwen3-VL models only, and this text config has `{experts[0]}`: it belongs to a "
-                "mixture-of-experts model. Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
+                f"PVM supports the dense Qwen3-VL models only, and this text config has `{experts[0]}`: it belongs to "
+                "a mixture-of-experts model. Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
             )
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)

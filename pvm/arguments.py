@@ -30,7 +30,12 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
             a wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclasses, description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(
+        dataclasses,
+        description=description,
+        usage="%(prog)s [--config FILE] [--field value ...]   (--help explains the fields)",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these fields; flags win over it.")
 
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)

@@ -52,11 +52,14 @@ def load_conversations(name: str, split: str, config_name: str | None = None) ->
             f"{name} has the columns {', '.join(dataset.column_names)}, but no `{sorted(missing)[0]}`. A row is "
             '{"images": [...], "messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.'
         )
-    if path.is_file() and path.suffix != ".parquet":
-        folder = path.parent
-        dataset = dataset.map(lambda row: {"images": [str(folder / image) for image in row["images"] or []]})
-        dataset = dataset.cast_column("images", List(Image()))
-    return dataset
+    if dataset.features["images"] == List(Image()):
+        return dataset
+    if not path.exists():
+        raise UserError(f"{name}: the column `images` must hold lists of images, not {dataset.features['images']}.")
+    # In a local file images are paths, relative to where the file lies.
+    folder = path.parent if path.is_file() else path
+    dataset = dataset.map(lambda row: {"images": [str(folder / image) for image in row["images"] or []]})
+    return dataset.cast_column("images", List(Image()))
 
 
 class ConversationDataset(torch.utils.data.Dataset):

@@ -22,7 +22,9 @@ from . import world
 FEATURES = Features(
     {
         "images": List(Image()),
-        "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
         "task": Value("string"),
         "filler": Value("int32"),
     }

@@ -103,9 +103,7 @@ def _assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def cell_row(
-    digits: Digits, length: int, questions: int, rng: np.random.Generator, filled: int = SIDE * SIDE
-) -> dict:
+def cell_row(digits: Digits, length: int, questions: int, rng: np.random.Generator, filled: int = SIDE * SIDE) -> dict:
     """A conversation: a board, `length` tokens of filler, then up to `questions` turns about different filled cells."""
     picture, labels = digits.board(rng, filled)
     messages = []

@@ -1,0 +1,391 @@
+"""train.py from the command line's side: what it trains, writes, resumes and refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
+
+import train
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.arguments import parse_arguments
+from pvm.data import ConversationCollator, ConversationDataset, conversation, load_conversations
+from pvm.digits.backbone import build_backbone
+from pvm.errors import UserError
+from pvm.methods import ModelArguments, load_model, pvm_blocks
+from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """An untrained digits backbone with its processor."""
+    folder = tmp_path_factory.mktemp("base")
+    model, processor = build_backbone()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(base):
+    return AutoProcessor.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> Path:
+    """Twelve conversations in a JSON Lines file beside their images; two of them have no image."""
+    folder = tmp_path_factory.mktemp("conversations")
+    with open(folder / "data.jsonl", "w") as file:
+        for index in range(12):
+            images = []
+            if index % 6 != 5:
+                Image.new("RGB", (32, 32), (20 * index, 100, 50)).save(folder / f"{index}.png")
+                images = [f"{index}.png"]
+            messages = [
+                {"role": "user", "content": "Cell first alpha?"},
+                {"role": "assistant", "content": str(index % 10)},
+                {"role": "user", "content": "Cell second bravo?"},
+                {"role": "assistant", "content": str((index + 3) % 10)},
+            ]
+            file.write(json.dumps({"images": images, "messages": messages}) + "\n")
+    return folder / "data.jsonl"
+
+
+def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
+    """One short run of train.py in this process."""
+    train.main(
+        [
+            *(
+                "--model_name_or_path",
+                str(base),
+                "--dataset_name",
+                str(conversations),
+                "--output_dir",
+                str(output_dir),
+            ),
+            *("--per_device_train_batch_size", "3", "--max_steps", "4", "--logging_steps", "1", "--warmup_steps", "0"),
+            *("--learning_rate", "1e-3", "--use_cpu", "true", "--disable_tqdm", "true"),
+            *flags,
+        ]
+    )
+    return output_dir
+
+
+PVM = ("--pvm_hidden_size", "32")
+
+
+@pytest.fixture(scope="module")
+def pvm_run(base, conversations, tmp_path_factory) -> Path:
+    flags = ("--gate_learning_rate", "0.05", "--save_steps", "2")
+    return run(base, conversations, tmp_path_factory.mktemp("pvm") / "run", *PVM, *flags)
+
+
+# What is trained
+
+
+def test_pvm_trains_every_branch_parameter_and_nothing_else(base, pvm_run):
+    before = Qwen3VLForConditionalGeneration.from_pretrained(base).state_dict()
+    after = Qwen3VLPVMForConditionalGeneration.from_pretrained(pvm_run).state_dict()
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]), f"{name} was frozen and moved"
+    blocks = {name for name in after if ".pvm_block." in name}
+    assert len(blocks) == 3 * 15 and blocks == set(after) - set(before)
+    gates = [weight for name, weight in after.items() if name.endswith("gate_alpha")]
+    assert all(gate.item() != 0 for gate in gates)
+
+
+def test_every_branch_parameter_moves(base, conversations, tmp_path):
+    first = load_file(run(base, conversations, tmp_path / "1", *PVM, "--max_steps", "2") / "model.safetensors")
+    last = load_file(run(base, conversations, tmp_path / "2", *PVM) / "model.safetensors")
+    still = [name for name in first if ".pvm_block." in name and torch.equal(first[name], last[name])]
+    assert not still
+
+
+def test_the_log_holds_each_gate_beside_the_loss(pvm_run):
+    history = json.loads((pvm_run / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 4
+    assert all({"gate/layer_1", "gate/layer_2", "gate/layer_3"} <= set(entry) for entry in steps)
+    assert abs(steps[-1]["gate/layer_1"]) > 0.01  # four steps of AdamW at the gates' own rate, not the weights' 1e-3
+
+
+def test_the_checkpoint_is_marked_with_method_and_step(pvm_run):
+    assert json.loads((pvm_run / "config.json").read_text())["text_config"]["pvm_training"] == {
+        "method": "pvm",
+        "step": 4,
+    }
+    marked = json.loads((pvm_run / "checkpoint-2" / "config.json").read_text())
+    assert marked["text_config"]["pvm_training"]["step"] == 2
+
+
+def test_lora_trains_adapters_of_the_language_model_only(base, conversations, tmp_path):
+    output_dir = run(base, conversations, tmp_path / "lora", "--method", "lora", "--lora_rank", "4")
+    adapter = load_file(output_dir / "adapter_model.safetensors")
+    assert adapter and all(".language_model.layers." in name and ".lora_" in name for name in adapter)
+    assert len(adapter) == 4 * 7 * 2  # layers x linear layers x (A, B)
+    assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), output_dir)
+    assert model.peft_config["default"].r == 4
+
+
+def test_full_trains_the_vision_tower_too(base, conversations, tmp_path):
+    output_dir = run(base, conversations, tmp_path / "full", "--method", "full")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, output_dir))
+    # Blocks of the tower, its position embedding and DeepStack's merger: what name matching tends to miss.
+    for part in ("visual.blocks.0.", "visual.pos_embed", "visual.deepstack_merger_list", "language_model.layers.0."):
+        names = [name for name in before if part in name]
+        assert names and any(not torch.equal(before[name], after[name]) for name in names), part
+
+
+def test_frozen_means_frozen(base):
+    model = load_model(ModelArguments(str(base), pvm_hidden_size=32, dtype="bfloat16"))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(".pvm_block." in name and p.dtype == torch.float32 for name, p in trainable.items())
+    assert {p.dtype for name, p in model.named_parameters() if name not in trainable} == {torch.bfloat16}
+
+
+# What is written
+
+
+def test_a_checkpoint_loads_by_name_far_from_this_repository(pvm_run, tmp_path):
+    """All Auto classes and the pipeline, in a fresh process that cannot import anything of ours."""
+    fallback = Path(train.__file__).parent / "pvm" / "torchvision_fallback.py"
+    script = f"""
+import runpy, sys
+runpy.run_path({str(fallback)!r})["import_torchvision"]()
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import pipeline
+assert not any("pvm" in name for name in sys.modules)
+folder = {str(pvm_run)!r}
+print(type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__)
+print(type(AutoProcessor.from_pretrained(folder, trust_remote_code=True)).__name__)
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    print(type(model).__name__, model.get_parameter([n for n, _ in model.named_parameters() if "gate" in n][-1]).dtype)
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+image = {{"type": "image", "image": Image.new("RGB", (32, 32))}}
+message = {{"role": "user", "content": [image, {{"type": "text", "text": "Cell first alpha?"}}]}}
+answer = pipe(text=[message], max_new_tokens=3, return_full_text=False)[0]["generated_text"]
+print(repr(answer), type(pipe.model).__name__)
+model.save_pretrained({str(tmp_path / "again")!r})
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.split("\n")
+    assert lines[:2] == ["Qwen3VLPVMConfig", "Qwen3VLProcessor"]
+    assert [line.split()[0] for line in lines[2:5]] == [
+        "Qwen3VLPVMModel",
+        "Qwen3VLPVMForConditionalGeneration",
+        "Qwen3VLPVMForConditionalGeneration",
+    ]
+    assert lines[5].endswith("Qwen3VLPVMForConditionalGeneration")
+    # What was loaded as remote code saves its code again.
+    saved = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"configuration_qwen3vl_pvm.py", "modeling_qwen3vl_pvm.py", "model.safetensors"} <= saved
+    assert set(json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+    }
+
+
+def test_branches_train_in_float32_and_are_saved_in_the_backbones_dtype(base, conversations, tmp_path):
+    flags = (*PVM, "--dtype", "bfloat16", "--save_steps", "2", "--learning_rate", "1e-5")
+    output_dir = run(base, conversations, tmp_path / "bf16", *flags)
+    assert {weight.dtype for weight in load_file(output_dir / "model.safetensors").values()} == {torch.bfloat16}
+    masters = load_file(output_dir / "checkpoint-4" / MASTER_WEIGHTS)
+    assert len(masters) == 3 * 15 and {weight.dtype for weight in masters.values()} == {torch.float32}
+    # Steps of 1e-5 are far below bfloat16's resolution at the norms' 1.0; in float32 they are all there.
+    norm = masters["model.language_model.layers.1.pvm_block.post_attn_norm.weight"]
+    assert 0 < (norm - 1).abs().max() < 1e-4
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    "method_flags", [PVM, (*PVM, "--dtype", "bfloat16"), ("--method", "lora")], ids=["pvm", "pvm-bf16", "lora"]
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(base, conversations, tmp_path, method_flags):
+    flags = (*method_flags, "--save_steps", "2", "--gate_learning_rate", "0.01")
+    flags = flags[:-2] if "lora" in flags else flags
+    whole = run(base, conversations, tmp_path / "whole", *flags)
+    resumed = run(
+        base, conversations, tmp_path / "resumed", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-2")
+    )
+    weights = "adapter_model.safetensors" if "lora" in method_flags else "model.safetensors"
+    expected, actual = load_file(whole / weights), load_file(resumed / weights)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_new_run_overwrites_nothing(base, conversations, pvm_run):
+    with pytest.raises(UserError, match="not empty.*--resume_from_checkpoint last"):
+        run(base, conversations, pvm_run, *PVM)
+
+
+def test_last_needs_a_checkpoint(base, conversations, tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        run(base, conversations, tmp_path / "new", *PVM, "--resume_from_checkpoint", "last")
+
+
+# Data
+
+
+def test_labels_are_the_assistants_turns(processor, conversations):
+    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
+    example = dataset[4]
+    labelled = example["labels"] != -100
+    assert processor.tokenizer.decode(example["labels"][labelled]) == "4<|im_end|>7<|im_end|>"
+    assert torch.equal(example["input_ids"][labelled], example["labels"][labelled])
+
+
+def test_a_prompt_ends_where_the_answer_begins(processor, conversations):
+    rows = load_conversations(str(conversations), "train")
+    text = processor.tokenizer.decode(ConversationDataset(rows, processor, "data", prompt_only=True)[4]["input_ids"])
+    assert text.endswith("Cell second bravo?<|im_end|>\n<|im_start|>assistant\n")
+    assert "4<|im_end|>" in text  # the earlier turn stays
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collator_pads_and_keeps_every_image(processor, conversations, side):
+    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
+    examples = [dataset[4], dataset[5], dataset[6]]  # the middle one has no image and is shorter
+    batch = ConversationCollator(processor.tokenizer.pad_token_id, side)(examples)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert batch["attention_mask"].sum(1).tolist() == lengths and lengths[1] < lengths[0]
+    assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert batch["image_grid_thw"].shape == (2, 3)
+    assert torch.equal(batch["pixel_values"], torch.cat([examples[0]["pixel_values"], examples[2]["pixel_values"]]))
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [16, 0, 16]
+
+
+def test_batches_without_an_image_train(base, conversations, tmp_path):
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    text_only = tmp_path / "text.jsonl"
+    text_only.write_text("".join(json.dumps({**row, "images": []}) + "\n" for row in rows))
+    after = load_file(run(base, text_only, tmp_path / "run", *PVM) / "model.safetensors")
+    gates = [weight for name, weight in after.items() if name.endswith("gate_alpha")]
+    assert len(gates) == 3 and all(gate.item() == 0 for gate in gates)  # zero gradients, not missing ones
+
+
+def row(**changes) -> dict:
+    messages = [{"role": "user", "content": "Cell?"}, {"role": "assistant", "content": "7"}]
+    return {"images": [], "messages": messages, **changes}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row(messages=[{"role": "human", "content": "a"}]), "role 'human'"),
+        (row(messages=[{"role": "user", "content": "a"}]), "last message must be the assistant's"),
+        (row(messages=[{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]), "message 0.*empty"),
+        (
+            row(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]),
+            "no text",
+        ),
+        (row(messages=[{"role": "user", "content": [{"type": "sound"}]}]), "type 'sound'"),
+        (
+            row(messages=[{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]),
+            "0 images, but 1 image placeholders",
+        ),
+    ],
+)
+def test_bad_rows_are_refused_in_words(bad, message):
+    with pytest.raises(UserError, match=message):
+        conversation(bad)
+
+
+def test_errors_name_data_set_and_row(processor, conversations):
+    rows = load_conversations(str(conversations), "train")
+    with pytest.raises(UserError, match=r"data, row 3: the conversation has \d+ tokens, and max_length is 30"):
+        ConversationDataset(rows, processor, "data", max_length=30)[3]
+    (conversations.parent / "0.png").rename(conversations.parent / "moved.png")
+    try:
+        with pytest.raises(UserError, match="data, row 0: .*0.png"):
+            ConversationDataset(rows, processor, "data")[0]
+    finally:
+        (conversations.parent / "moved.png").rename(conversations.parent / "0.png")
+
+
+def test_data_sets_of_another_form_are_refused(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(UserError, match="columns question, answer, but no `images`"):
+        load_conversations(str(tmp_path / "other.jsonl"), "train")
+    with pytest.raises(UserError, match="Cannot load split `test`"):
+        load_conversations(str(tmp_path / "other.jsonl"), "test")
+    with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
+        load_conversations("no/such", "train")
+    (tmp_path / "other.txt").write_text("a")
+    with pytest.raises(UserError, match=r"must end in one of \.json"):
+        load_conversations(str(tmp_path / "other.txt"), "train")
+
+
+# Arguments
+
+
+def parse(*arguments: str) -> tuple:
+    return parse_arguments((ModelArguments, train.DataArguments, PVMTrainingArguments), "help", list(arguments))
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: base\ndataset_name: data\npvm_layers: [0, 2]\nlearning_rate: 0.5\nbf16: false\n"
+    )
+    model, data, training = parse("--config", str(recipe), "--learning_rate", "0.25", "--output_dir", str(tmp_path))
+    assert model.pvm_layers == [0, 2] and data.dataset_name == "data" and training.learning_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("learnin_rate: 1", r"unknown key `learnin_rate` \(did you mean --learning_rate\?\)"),
+        ("- a", "must hold `field: value` lines"),
+        ("a: [", "not valid YAML"),
+        ("learning_rate: fast", "learning-rate: invalid float value: 'fast'"),
+        ("method: prompt", "invalid choice: 'prompt'"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, capsys, recipe, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(SystemExit):
+        parse("--config", str(path), "--model_name_or_path", "a", "--dataset_name", "b")
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_unknown_flags_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--model_name_or_path", "a", "--dataset_name", "b", "--learnin_rate", "1")
+    assert "unknown argument --learnin_rate (did you mean --learning_rate?)" in capsys.readouterr().err
+
+
+# Contradictions
+
+
+def test_contradictions_are_refused(base, pvm_run):
+    with pytest.raises(UserError, match="--pvm_hidden_size belongs to --method pvm"):
+        load_model(ModelArguments(str(base), method="lora", pvm_hidden_size=32))
+    with pytest.raises(UserError, match=r"pvm_layers = \[1, 2, 3\], which --pvm_layers \[1\] contradicts"):
+        load_model(ModelArguments(str(pvm_run), pvm_layers=[1]))
+    with pytest.raises(UserError, match="starts from a stock"):
+        load_model(ModelArguments(str(pvm_run), method="lora"))
+
+
+def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
+    model = load_model(ModelArguments(str(pvm_run)))
+    stored = load_file(pvm_run / "model.safetensors")
+    for layer_idx, block in pvm_blocks(model).items():
+        gate = stored[f"model.language_model.layers.{layer_idx}.pvm_block.gate_alpha"]
+        assert torch.equal(block.gate_alpha.detach(), gate) and gate.item() != 0
