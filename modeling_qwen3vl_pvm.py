@@ -149,11 +149,20 @@ class VisualMemoryLayerMixin:
         if self.visual_memory is not None:
             self.visual_memory = self.visual_memory.select(rows)
 
+    def __reduce__(self):
+        # The class is made at run time, so pickle (a prompt cache on disk) finds it by the layer class it extends.
+        return _new_layer, (type(self).__bases__[1],), self.__dict__
+
 
 @functools.cache
 def _with_visual_memory(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     # `_layer_type` must not be inherited: transformers would register the subclass for every cache made later.
     return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), {"_layer_type": None})
+
+
+def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
+    layer_class = _with_visual_memory(layer_class)
+    return layer_class.__new__(layer_class)
 
 
 def read_visual_memory(past_key_values: Cache | None, layer_idx: int) -> VisualMemory | None:
@@ -171,8 +180,7 @@ def write_visual_memory(past_key_values: Cache, layer_idx: int, memory: VisualMe
     """
     layer = past_key_values.layers[layer_idx]
     if not isinstance(layer, VisualMemoryLayerMixin):
-        layer_class = _with_visual_memory(type(layer))
-        carrier = layer_class.__new__(layer_class)
+        carrier = _new_layer(type(layer))
         carrier.__dict__ = layer.__dict__
         past_key_values.layers[layer_idx] = layer = carrier
     layer.visual_memory = memory
@@ -565,16 +573,19 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
             ValueError: for `inputs_embeds` into which images were merged already: nothing says where they are, and the
                 branches would be off without a word.
         """
-        vision_inputs = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        if inputs_embeds is not None and all(kwargs.get(name) is None for name in vision_inputs):
-            has_grid = any(kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
-            if has_grid or (mm_token_type_ids is not None and bool(mm_token_type_ids.any())):
-                raise ValueError(
-                    "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
-                    "embeddings are merged in already, the PVM branches cannot know where. Pass `pixel_values` and "
-                    "leave the placeholders' embeddings in `inputs_embeds`, or call `model.language_model("
-                    "inputs_embeds=..., visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
-                )
+        given = {name for name, value in kwargs.items() if value is not None}
+        # generate() of transformers 5.23 passes an empty dict of encoder outputs where there is nothing to encode.
+        has_pixels = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
+        has_places = given & {"image_grid_thw", "video_grid_thw"} or (
+            mm_token_type_ids is not None and mm_token_type_ids.any()
+        )
+        if inputs_embeds is not None and has_places and not has_pixels:
+            raise ValueError(
+                "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
+                "embeddings are merged in already, the PVM branches cannot know where. Pass `pixel_values` and leave "
+                "the placeholders' embeddings in `inputs_embeds`, or call `model.language_model(inputs_embeds=..., "
+                "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+            )
         return super().forward(
             input_ids=input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
         )
@@ -601,6 +612,15 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
         self.model = Qwen3VLPVMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @functools.wraps(Qwen3VLForConditionalGeneration.forward)  # generate() and the Trainer read the signature
+    def forward(self, *args, **kwargs):
+        if kwargs.get("output_pvm_attentions"):
+            raise ValueError(
+                "The stock model's output has no place for the branches' attention. Call the backbone: "
+                "`model.model(..., output_pvm_attentions=True).pvm_attentions`."
+            )
+        return super().forward(*args, **kwargs)
 
 
 __all__ = [
