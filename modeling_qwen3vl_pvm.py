@@ -426,6 +426,11 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
     config: Qwen3VLPVMTextConfig
 
     def __init__(self, config: Qwen3VLPVMTextConfig):
+        if config.model_type != Qwen3VLPVMTextConfig.model_type:
+            raise ValueError(
+                f"The config is that of a stock model (`model_type: {config.model_type}`), without PVM fields. Convert "
+                "it with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=..., pvm_hidden_size=...)`."
+            )
         super().__init__(config)
         for layer_idx in config.pvm_layers:
             self.layers[layer_idx] = Qwen3VLPVMTextDecoderLayer(config, layer_idx)

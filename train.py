@@ -24,10 +24,11 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from pvm.arguments import parse_arguments
+from pvm.checkpoints import load_processor
 from pvm.data import ConversationCollator, ConversationDataset, load_conversations
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, count_parameters, load_model
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training_args.seed)
 
     name = model_args.model_name_or_path
-    processor = AutoProcessor.from_pretrained(name, revision=model_args.model_revision)
+    processor = load_processor(name, model_args.model_revision)
     model = load_model(model_args)
     console.print(parameter_table(model))
 

@@ -1,0 +1,217 @@
+"""Loads any checkpoint for evaluation, and makes sure that what is evaluated is what the checkpoint says it is."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+
+from .errors import UserError
+from .methods import pvm_blocks
+
+
+@dataclass
+class Description:
+    """
+    What a checkpoint is.
+
+    path (`str`): folder or Hub name.
+    kind (`str`): "stock", "pvm" or "adapter".
+    model_class (`str`): the class that is evaluated.
+    base (`str` or `None`): what an adapter was loaded onto.
+    method, step: what trained it and for how long, where the checkpoint says so.
+    gates (`dict[str, float]`): the gate of each branch by decoder layer; empty without branches.
+    dtype (`str`), parameters (`int`): of the loaded model.
+    """
+
+    path: str
+    kind: str
+    model_class: str
+    base: str | None
+    method: str | None
+    step: int | None
+    gates: dict[str, float]
+    dtype: str
+    parameters: int
+
+    @property
+    def gates_on(self) -> bool | None:
+        """Whether any gate is not exactly 0; `None` without branches."""
+        return any(self.gates.values()) if self.gates else None
+
+
+@dataclass
+class Checkpoint:
+    """A model in evaluation mode that generates greedily, its processor, and what the two are."""
+
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
+    description: Description
+
+
+def checkpoint_kind(path: str) -> str:
+    """
+    What kind of checkpoint a folder or Hub name is, from its config files alone: "stock", "pvm" or "adapter".
+
+    Raises:
+        UserError: if it is none of these, or not to be found.
+    """
+    try:
+        if find_adapter_config_file(path) is not None:
+            return "adapter"
+        stored, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is no folder, and cannot be had from the Hub: {reason}") from error
+    if not stored:
+        raise UserError(
+            f"{path} has no config.json and no adapter_config.json, so it is no checkpoint. Name a folder that "
+            "train.py or save_pretrained wrote, or a Hub name."
+        )
+    model_type, architectures = stored.get("model_type"), stored.get("architectures")
+    if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
+        return "pvm"
+    if model_type != "qwen3_vl":
+        raise UserError(
+            f"{path} has the model type {model_type!r}. Supported are dense Qwen3-VL (`qwen3_vl`), PVM "
+            f"(`{Qwen3VLPVMConfig.model_type}`) and PEFT adapters of these."
+        )
+    return "stock"
+
+
+def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
+    """
+    Load a stock Qwen3-VL, a PVM checkpoint (this project's or the authors') or a PEFT adapter, on the GPU if there is
+    one.
+
+    Args:
+        path (`str`): folder or Hub name.
+        dtype (`str`): "auto" is the checkpoint's.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it lacks weights, or would be evaluated as another model than it
+            says.
+        TypeError: if the class of the loaded model is not that of its kind.
+    """
+    kind = checkpoint_kind(path)
+    if kind == "adapter":
+        return _load_adapter(path, dtype)
+
+    model_class = Qwen3VLPVMForConditionalGeneration if kind == "pvm" else AutoModelForImageTextToText
+    device_map = "auto" if torch.cuda.is_available() else None
+    try:
+        model, info = model_class.from_pretrained(path, dtype=dtype, device_map=device_map, output_loading_info=True)
+    except ValueError as error:  # how the PVM class refuses a checkpoint, in a sentence
+        raise UserError(str(error)) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"{path} lacks {len(info['missing_keys'])} of its model's weights, e.g. {min(info['missing_keys'])}: they "
+            "would be random. Get the complete checkpoint."
+        )
+    stray = sorted(key for key in info["unexpected_keys"] if ".pvm_block." in key)
+    if stray:
+        raise UserError(
+            f"{path} holds PVM weights, e.g. {stray[0]}, but its config.json does not say so, and the model would "
+            "answer without them. Restore the config.json that was saved with it."
+        )
+    if kind == "pvm" and not isinstance(model, Qwen3VLPVMForConditionalGeneration):
+        raise TypeError(f"{path} is a PVM checkpoint, but was loaded as {type(model).__name__}.")
+    if kind == "stock" and pvm_blocks(model):
+        raise TypeError(f"{path} is a stock checkpoint, but was loaded with PVM branches.")
+
+    processor = load_processor(path)
+    _make_greedy(model, processor.tokenizer)
+    mark = (model.config.text_config.pvm_training if kind == "pvm" else None) or {}
+    return Checkpoint(model.eval(), processor, _describe(model, path, kind, mark.get("method"), mark.get("step")))
+
+
+def _load_adapter(path: str, dtype: str) -> Checkpoint:
+    config = PeftConfig.from_pretrained(path)
+    base_path = config.base_model_name_or_path
+    try:
+        base = load_checkpoint(base_path, dtype)
+    except (UserError, OSError) as error:
+        raise UserError(f"{path} is an adapter for {base_path}, which cannot be loaded: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            # peft only warns, and the model would answer as its base.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base.model, path)
+    except UserWarning as error:
+        raise UserError(f"{path} lacks weights of its adapter. Get the complete checkpoint.") from error
+    description = _describe(model.base_model.model, path, "adapter", method=config.peft_type.value.lower())
+    description.base, description.parameters = base_path, model.num_parameters()
+    if base.model.dtype == torch.float32:
+        # Merged, it costs nothing at run time. In a smaller dtype merging would round the adapter's effect away.
+        model = model.merge_and_unload()
+    # train.py saves the processor beside the adapter, peft alone does not.
+    has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
+    processor = load_processor(path) if has_processor else base.processor
+    return Checkpoint(model.eval(), processor, description)
+
+
+def _make_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace the checkpoint's way to sample, penalties and all; only what ends its answers is kept."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=ends if isinstance(ends, list) else [ends],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def load_processor(path: str, revision: str = "main") -> ProcessorMixin:
+    """The processor that lies beside a checkpoint."""
+    # A processor needs none of a PVM checkpoint's code, which transformers would otherwise offer to run, and warns
+    # about when it is told not to.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _describe(
+    model: PreTrainedModel, path: str, kind: str, method: str | None = None, step: int | None = None
+) -> Description:
+    trainer_state = Path(path, "trainer_state.json")
+    if step is None and trainer_state.is_file():
+        step = json.loads(trainer_state.read_text())["global_step"]
+    return Description(
+        path=path,
+        kind=kind,
+        model_class=type(model).__name__,
+        base=None,
+        method=method,
+        step=step,
+        gates={str(layer_idx): block.gate_alpha.item() for layer_idx, block in pvm_blocks(model).items()},
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=model.num_parameters(),
+    )
+
+
+def processor_state(processor: ProcessorMixin) -> str:
+    """Everything that decides what a processor makes of a row: two with the same state give the same inputs."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # What was asked for in the last call, before the tokenizer was saved or since; every call sets it anew.
+    del tokenizer["padding"], tokenizer["truncation"]
+    template = processor.chat_template or processor.tokenizer.chat_template
+    return json.dumps([processor.to_dict(), processor.image_processor.to_dict(), tokenizer, template], default=str)

@@ -1,0 +1,356 @@
+"""eval.py from the command line's side: what it loads and refuses, how it answers, and what it writes."""
+
+import json
+import random
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as DatasetImage
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+import eval as eval_script
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
+from pvm.data import load_conversations
+from pvm.digits.backbone import build_backbone
+from pvm.errors import UserError
+from pvm.methods import LORA_TARGETS, pvm_blocks
+
+
+REFERENCE_CASE = Path(__file__).parent / "reference_case"
+GATE = 0.25
+FILLER = "red house " * 20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A stock checkpoint: an untrained digits backbone that would sample if it were left to."""
+    folder = tmp_path_factory.mktemp("base")
+    model, processor = build_backbone()
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.9, eos_token_id=ends)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pvm_folder(base, tmp_path_factory) -> Path:
+    """A PVM checkpoint over the same backbone, marked as trained."""
+    return save_pvm(base, tmp_path_factory.mktemp("pvm"), GATE, {"method": "pvm", "step": 7})
+
+
+def save_pvm(base: Path, folder: Path, gate: float, mark: dict | None) -> Path:
+    config = Qwen3VLPVMConfig.from_stock(Qwen3VLConfig.from_pretrained(base), pvm_layers=[1, 2], pvm_hidden_size=64)
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(base, config=config)
+    for block in pvm_blocks(model).values():
+        torch.nn.init.constant_(block.gate_alpha, gate)
+    model.config.text_config.pvm_training = mark
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(base, tmp_path_factory) -> Path:
+    """A LoRA adapter of the stock checkpoint, without a processor of its own."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = Qwen3VLForConditionalGeneration.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+def conversation(question: str, answer: str, task: str, seed: int | None) -> dict:
+    """A row about a random picture; `seed` `None`: about none."""
+    content = [{"type": "text", "text": question}]
+    images = []
+    if seed is not None:
+        content = [{"type": "image", "text": None}, *content]
+        pixels = np.random.default_rng(seed).integers(256, size=(32, 32, 3), dtype=np.uint8)
+        images = [Image.fromarray(pixels)]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return {"images": images, "messages": messages, "task": task}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six cells at two distances, five answers of four pieces, and a question without an image."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [conversation(f"{filler}Cell?", str(seed), "cell", seed) for filler in ("", FILLER) for seed in range(3)]
+    rows += [
+        conversation("Read.", " ".join(f"the digit {seed + k}" for k in range(4)), "read", seed) for seed in range(5)
+    ]
+    rows.append(conversation("Cell?", "1", "cell", None))
+    features = Features(
+        {
+            "images": List(DatasetImage()),
+            "messages": List(
+                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+            ),
+            "task": Value("string"),
+        }
+    )
+    Dataset.from_list(rows, features=features).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def copy_of(source: Path, target: Path, config: dict | None = None, drop: str | None = None) -> Path:
+    """A checkpoint with fields of its config replaced, and without the weights whose names hold `drop`."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    if config is not None:
+        stored = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**stored, **config}))
+    if drop is not None:
+        (weights,) = target.glob("*.safetensors")
+        kept = {name: weight for name, weight in load_file(weights).items() if drop not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    return target
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_stock_checkpoint(base):
+    checkpoint = load_checkpoint(str(base))
+    assert type(checkpoint.model) is Qwen3VLForConditionalGeneration and not checkpoint.model.training
+    assert checkpoint.description.kind == "stock" and checkpoint.description.gates_on is None
+    assert not checkpoint.model.generation_config.do_sample
+
+
+def test_pvm_checkpoint(pvm_folder):
+    checkpoint = load_checkpoint(str(pvm_folder))
+    description = checkpoint.description
+    assert type(checkpoint.model) is Qwen3VLPVMForConditionalGeneration
+    assert (description.kind, description.method, description.step) == ("pvm", "pvm", 7)
+    assert description.gates == {"1": GATE, "2": GATE} and description.gates_on
+
+
+def test_reference_checkpoint_is_known_by_its_architectures():
+    assert json.loads((REFERENCE_CASE / "config.json").read_text())["model_type"] == "qwen3_vl"
+    assert checkpoint_kind(str(REFERENCE_CASE)) == "pvm"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapter(base, adapter_folder, dtype):
+    """Merged in float32, wrapped in less; its base and its base's processor are found by its own config."""
+    checkpoint = load_checkpoint(str(adapter_folder), dtype)
+    description = checkpoint.description
+    assert (description.kind, description.method, description.base) == ("adapter", "lora", str(base))
+    assert description.model_class == "Qwen3VLForConditionalGeneration" and description.dtype == dtype
+    assert isinstance(checkpoint.model, PeftModel) == (dtype == "bfloat16")
+    assert processor_state(checkpoint.processor) == processor_state(load_checkpoint(str(base)).processor)
+
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
+    reference = PeftModel.from_pretrained(stock, adapter_folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == "float32" else {"atol": 0, "rtol": 0}
+        torch.testing.assert_close(checkpoint.model(ids).logits, reference(ids).logits, **tolerance)
+
+
+def test_step_of_a_control_comes_from_its_trainer(adapter_folder, tmp_path):
+    folder = copy_of(adapter_folder, tmp_path / "adapter")
+    (folder / "trainer_state.json").write_text('{"global_step": 12}')
+    assert load_checkpoint(str(folder)).description.step == 12
+
+
+@pytest.mark.parametrize("mark", [{"method": "pvm", "step": 7}, None], ids=["marked", "unmarked"])
+def test_pvm_checkpoint_without_its_weights_is_refused(base, pvm_folder, tmp_path, mark):
+    text_config = {**json.loads((pvm_folder / "config.json").read_text())["text_config"], "pvm_training": mark}
+    stripped = copy_of(pvm_folder, tmp_path / "stripped", {"text_config": text_config}, drop=".pvm_block.")
+    with pytest.raises(UserError, match="weights"):
+        load_checkpoint(str(stripped))
+
+
+def test_pvm_weights_under_a_stock_config_are_refused(pvm_folder, base, tmp_path):
+    folder = copy_of(pvm_folder, tmp_path / "disguised", json.loads((base / "config.json").read_text()))
+    with pytest.raises(UserError, match="answer without them"):
+        load_checkpoint(str(folder))
+
+
+def test_stock_checkpoint_without_all_weights_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="would be random"):
+        load_checkpoint(str(copy_of(base, tmp_path / "incomplete", drop="layers.3.mlp")))
+
+
+def test_adapter_without_all_weights_is_refused(adapter_folder, tmp_path):
+    with pytest.raises(UserError, match="lacks weights of its adapter"):
+        load_checkpoint(str(copy_of(adapter_folder, tmp_path / "incomplete", drop="lora_B")))
+
+
+def test_adapter_without_its_base_is_refused(adapter_folder, tmp_path):
+    folder = copy_of(adapter_folder, tmp_path / "orphan")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone/away"}))
+    with pytest.raises(UserError, match="adapter for gone/away"):
+        load_checkpoint(str(folder))
+
+
+def test_what_is_no_checkpoint_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint_kind(str(tmp_path))
+    with pytest.raises(UserError, match="is no folder"):
+        checkpoint_kind(str(tmp_path / "nothing" / "here"))
+    with pytest.raises(UserError, match="model type 'llama'"):
+        checkpoint_kind(str(copy_of(base, tmp_path / "llama", {"model_type": "llama"})))
+
+
+# --- questions and answers -------------------------------------------------------------------------------------------
+
+
+def test_distance_and_depths(base, data):
+    processor = AutoProcessor.from_pretrained(base)
+    tokenizer, rows = processor.tokenizer, load_conversations(str(data), "test")
+
+    def tokens_after_image(question: str) -> int:
+        return len(tokenizer(f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+
+    near, far, read = (tokens_after_image(question) for question in ("Cell?", f"{FILLER}Cell?", "Read."))
+    assert far > near + 30
+    prompts = eval_script.Prompts(rows, processor, "data")
+    assert prompts.distances == [near] * 3 + [far] * 3 + [read] * 5 + [None]
+
+    questions = eval_script.read_questions(rows, range(len(rows)), "task", r"\d", tokenizer)
+    assert questions[0].depths == [0] and questions[0].reference == "0" and questions[0].question == "Cell?"
+    answer = questions[6]
+    assert answer.group == "read" and answer.reference == "the digit 0 the digit 1 the digit 2 the digit 3"
+    ids = tokenizer(answer.reference)["input_ids"]
+    pieces = [tokenizer.decode(ids[depth : depth + 1]).strip() for depth in answer.depths]
+    assert pieces == ["0", "1", "2", "3"]
+
+
+def test_batches_hold_equal_limits_and_like_lengths():
+    lengths, limits = [5, 9, 7, 3, 8], [16, 16, 64, 16, 16]
+    assert eval_script.make_batches(lengths, limits, 2) == [[2], [1, 4], [0, 3]]
+
+
+@pytest.mark.parametrize("folder", ["base", "pvm_folder"])
+def test_batches_answer_as_single_rows_do(folder, data, request):
+    checkpoint = load_checkpoint(str(request.getfixturevalue(folder)))
+    checkpoint.model.double()  # an untrained model's logits nearly tie, and float32 rounds differently in a batch
+    prompts = eval_script.Prompts(load_conversations(str(data), "test"), checkpoint.processor, "data")
+    limits = [random.Random(k).choice([8, 16]) for k in range(len(prompts.lengths))]
+    together, cut = eval_script.answer(checkpoint, prompts, limits, 5, "batched")
+    assert (together, cut) == eval_script.answer(checkpoint, prompts, limits, 1, "one by one")
+    assert all(together) and len(set(together)) > 1
+
+
+def test_rows_beyond_the_kept_bytes_are_processed_again(base, data, monkeypatch):
+    monkeypatch.setattr(eval_script, "KEPT_BYTES", 0)
+    processor = AutoProcessor.from_pretrained(base)
+    prompts = eval_script.Prompts(load_conversations(str(data), "test"), processor, "data")
+    assert prompts.kept == [None] * 12 and len(prompts[3]["input_ids"]) == prompts.lengths[3]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flags(base, pvm_folder, data) -> list[str]:
+    models = ["--model", str(base), str(pvm_folder), "--names", "base", "PVM"]
+    return [*models, "--dataset_name", str(data), "--group_by", "task", "--scored_pattern", r"\d", "--batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def output_dir(flags, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "new"
+    eval_script.main([*flags, "--output_dir", str(folder)])
+    return folder
+
+
+def read_records(output_dir: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / f"predictions_{name}.jsonl").read_text().splitlines()]
+
+
+def test_files(output_dir):
+    names = {"report.json", "report.md", "report.png", "predictions_base.jsonl", "predictions_PVM.jsonl"}
+    assert {file.name for file in output_dir.iterdir()} == names
+    assert (output_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_follows_from_the_predictions(output_dir):
+    report = json.loads((output_dir / "report.json").read_text())
+    records = {name: read_records(output_dir, name) for name in ("base", "PVM")}
+    assert {key: report[key] for key in ("overall", "groups", "comparisons")} == json.loads(
+        json.dumps(eval_script.score_all(records, r"\d"))
+    )
+    for name, lines in records.items():
+        assert [line["row"] for line in lines] == list(range(12))
+        assert report["overall"][name]["n"] == 12
+        assert report["overall"][name]["correct"] == sum(line["correct"] for line in lines)
+        by_distance = report["groups"]["cell"][name]["by_distance"]
+        assert [span["n"] for span in by_distance["bins"]] == [3, 3]
+        assert by_distance["without_image"]["n"] == 1
+        assert [span["n"] for span in report["groups"]["read"][name]["by_depth"]["bins"]] == [5] * 4
+
+
+def test_report_says_what_was_evaluated(output_dir):
+    report = json.loads((output_dir / "report.json").read_text())
+    stock, pvm_model = report["models"]
+    assert stock["model_class"] == "Qwen3VLForConditionalGeneration" and stock["gates_on"] is None
+    assert pvm_model["model_class"] == "Qwen3VLPVMForConditionalGeneration" and pvm_model["gates_on"] is True
+    text = (output_dir / "report.md").read_text()
+    assert "branches on (gates: layer 1 +0.2500, layer 2 +0.2500), trained by pvm for 7 steps" in text
+    for heading in ("## By distance", "## By depth", "PVM − base"):  # noqa: RUF001
+        assert heading in text
+
+
+def test_a_pvm_model_with_its_gates_at_zero_answers_as_its_base_and_the_report_says_so(base, data, tmp_path, capsys):
+    off = save_pvm(base, tmp_path / "off", gate=0.0, mark=None)
+    flags = ["--model", str(base), str(off), "--names", "base", "off", "--max_samples", "4", "--max_new_tokens", "4"]
+    eval_script.main([*flags, "--dataset_name", str(data), "--output_dir", str(tmp_path / "report")])
+    assert "All gates of off are exactly 0" in (tmp_path / "report" / "report.md").read_text()
+    assert "All gates of off are exactly 0" in capsys.readouterr().out.replace("\n", " ")
+    records = read_records(tmp_path / "report", "base")
+    assert records == read_records(tmp_path / "report", "off")
+    assert [record["row"] for record in records] == [0, 3, 6, 9]  # spread over the data set
+
+
+def test_a_report_is_overwritten_only_on_request(flags, output_dir, tmp_path):
+    folder = copy_of(output_dir, tmp_path / "report")
+    with pytest.raises(UserError, match="--overwrite true"):
+        eval_script.main([*flags, "--output_dir", str(folder)])
+    other = [*flags, "--names", "first", "second", "--max_samples", "2", "--max_new_tokens", "2"]
+    eval_script.main([*other, "--output_dir", str(folder), "--overwrite", "true"])
+    assert len(read_records(folder, "first")) == 2 and not (folder / "predictions_base.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--names", "one"], "1 names for 2 models"),
+        (["--names", "one", "one"], "Tell them apart"),
+        (["--names", "a/b", "c"], "file name"),
+        (["--group_by", "colour"], "columns are"),
+        (["--group_by", "messages"], "values, and at most"),
+        (["--scored_pattern", "("], "no regular expression"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--dataset_split", "train"], "split `train`"),
+    ],
+)
+def test_refusals(flags, more, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        eval_script.main([*flags, *more, "--output_dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
+
+
+def test_errors_are_one_sentence(tmp_path, monkeypatch):
+    command = ["eval.py", "--model", str(tmp_path), "--dataset_name", "x", "--output_dir", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"^eval\.py: error: .* is no checkpoint"):
+        runpy.run_path(eval_script.__file__, run_name="__main__")

@@ -1,0 +1,113 @@
+"""The metrics, against numbers worked out by hand."""
+
+import pytest
+
+from pvm.metrics import (
+    AccuracyByDepth,
+    AccuracyByDistance,
+    ExactMatch,
+    depth_bins,
+    distance_bins,
+    is_exact_match,
+    paired_difference,
+    score_pieces,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        (8, 10, 0.490162, 0.943318),  # (0.8 + 0.192073 -+ 0.313613) / 1.384146
+        (0, 10, 0.0, 0.277533),  # z^2 / (n + z^2)
+        (10, 10, 0.722467, 1.0),
+    ],
+)
+def test_wilson_interval(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_refuses_what_is_no_proportion(correct, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(correct, n)
+
+
+def test_exact_match_ignores_case_spaces_and_the_final_stop():
+    assert is_exact_match(" A  Red\ncar. ", "a red car")
+    assert not is_exact_match("a red car", "a redcar")
+    result = ExactMatch(keep_in_memory=True).compute(
+        predictions=["7", "8", "", "the cat"], references=["7", "7", "7", "The cat."]
+    )
+    assert result == {"n": 4, "correct": 2, "accuracy": 0.5, "interval": list(wilson_interval(2, 4))}
+
+
+def test_distances_in_clusters_get_a_bin_each():
+    assert distance_bins([12, 14, 12, 76, 78, 1036]) == [(12, 14), (76, 78), (1036, 1036)]
+
+
+def test_distances_that_spread_get_powers_of_two():
+    assert distance_bins([0, 1, 2, 3, *range(10, 40)]) == [(0, 0), (1, 1), (2, 3), (8, 15), (16, 31), (32, 63)]
+    assert len(distance_bins(range(0, 2000, 100))) == 6  # 20 clusters are too many: 0, then 64-127 to 1024-2047
+
+
+def test_few_depths_get_a_bin_each_and_many_get_ten():
+    assert depth_bins([9, 20, 9, 31]) == [(9, 9), (20, 20), (31, 31)]
+    bins = depth_bins(range(95))
+    assert len(bins) == 10 and bins[0] == (0, 9) and bins[-1] == (90, 99)
+
+
+def test_accuracy_by_distance():
+    result = AccuracyByDistance(keep_in_memory=True).compute(
+        predictions=["1", "2", "3", "4"], references=["1", "2", "x", "4"], distances=[10, 80, 80, None]
+    )
+    assert [(span["low"], span["high"], span["n"], span["correct"]) for span in result["bins"]] == [
+        (10, 10, 1, 1),
+        (80, 80, 2, 1),
+    ]
+    assert (result["without_image"]["n"], result["without_image"]["correct"]) == (1, 1)
+
+
+def test_pieces_pair_up_by_number_and_missing_ones_are_wrong():
+    assert score_pieces("a 1 b 9", "a 1 b 2 c 3", r"\d") == [True, False, False]
+    assert score_pieces("", "1 2", r"\d") == [False, False]
+    assert score_pieces("1 2 3", "1 2", r"\d") == [True, True]
+    assert score_pieces("The CAT", "the cat", r"\S+") == [True, True]
+
+
+def test_accuracy_by_depth_counts_answers_with_several_pieces_only():
+    result = AccuracyByDepth(keep_in_memory=True).compute(
+        predictions=["1 2", "1", "7"],
+        references=["1 3", "1 2", "7"],
+        depths=[[0, 4], [0, 4], [0]],
+        scored_pattern=r"\d",
+    )
+    assert [(span["low"], span["n"], span["correct"]) for span in result["bins"]] == [(0, 2, 2), (4, 2, 0)]
+    assert result["all"]["accuracy"] == 0.5 and result["answers"] == 2
+
+
+def test_accuracy_by_depth_without_any_depth():
+    result = AccuracyByDepth(keep_in_memory=True).compute(
+        predictions=["1"], references=["1"], depths=[[0]], scored_pattern=r"\d"
+    )
+    assert result["bins"] == [] and result["all"]["accuracy"] is None
+
+
+def test_paired_difference():
+    first, second = [[True]] * 50 + [[False]] * 50, [[True]] * 80 + [[False]] * 20
+    result = paired_difference(first, second)
+    low, high = result["interval"]
+    # 30 of 100 rows gained: the differences of resamples have a standard deviation of sqrt(.3 * .7 / 100) = .046.
+    assert result["difference"] == pytest.approx(0.3)
+    assert low == pytest.approx(0.3 - 1.96 * 0.0458, abs=0.02) and high == pytest.approx(0.3 + 1.96 * 0.0458, abs=0.02)
+    assert paired_difference(first, second) == result
+    assert paired_difference(first, first)["interval"] == [0.0, 0.0]
+
+
+def test_paired_difference_resamples_rows_not_pieces():
+    """Sixteen pieces that are right or wrong together tell no more than one."""
+    rows = [[False]] * 20, [[True]] * 10 + [[False]] * 10
+    pieces = [[row * 16 for row in model] for model in rows]
+    assert paired_difference(*pieces)["interval"] == paired_difference(*rows)["interval"]
+    with pytest.raises(ValueError, match="same rows"):
+        paired_difference(pieces[0], rows[1])
