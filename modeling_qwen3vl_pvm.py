@@ -383,6 +383,20 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         if isinstance(module, Qwen3VLPVMBlock):
             init.zeros_(module.gate_alpha)
 
+    def enable_input_require_grads(self):
+        """
+        What `gradient_checkpointing_enable()` calls so that frozen layers pass gradients on. Branches see to that
+        themselves, so here the embeddings require grad only while something below the first branch trains.
+        """
+        decoder = next(module for module in self.modules() if isinstance(module, Qwen3VLPVMTextModel))
+        below = decoder.layers[: min(decoder.config.pvm_layers)]
+
+        def require_grads(module, args, output):
+            if any(parameter.requires_grad for parameter in below.parameters()):
+                output.requires_grad_(True)
+
+        self._require_grads_hooks = [decoder.embed_tokens.register_forward_hook(require_grads)]
+
     def save_pretrained(self, save_directory, **kwargs):
         """As the stock model, with what `trust_remote_code` needs: the code files and a complete `auto_map`."""
         self.config.auto_map = dict(AUTO_MAP)

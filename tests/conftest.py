@@ -1,10 +1,9 @@
 """Fixtures; the builders behind them are in tiny.py."""
 
-import pvm  # noqa: F401  first of all: makes torchvision importable where its compiled operators are missing
-
 import pytest
 import torch
 
+import pvm  # noqa: F401  before transformers: makes torchvision importable where its compiled operators are missing
 import tiny
 
 

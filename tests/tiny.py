@@ -4,7 +4,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
 
 
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, PAD_TOKEN = 90, 91, 92, 93, 0
@@ -83,11 +83,14 @@ def build(config: Qwen3VLPVMConfig | None = None, gate: float = 1.0, seed: int =
     return model
 
 
+def branches(model) -> list[Qwen3VLPVMBlock]:
+    return [module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)]
+
+
 @torch.no_grad()
 def set_gates(model, gate: float):
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate_alpha"):
-            parameter.fill_(gate)
+    for block in branches(model):
+        block.gate_alpha.fill_(gate)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -142,6 +145,23 @@ def inputs(*rows: list, padding_side: str = "left") -> dict[str, torch.Tensor]:
         if pixels[token]:
             batch[names[0]], batch[names[1]] = torch.cat(pixels[token]), torch.tensor(grids[token])
     return batch
+
+
+# Rows for every kind of batch: no image, one, several of different sizes, a video, and all of it in rows that differ.
+BATCHES = {
+    "text only": [[text(9)]],
+    "one image": [[text(4), image(), text(7, 1)]],
+    "several images": [
+        [text(3), image(), text(4, 1), image(4, 8, 1), text(5, 2)],
+        [text(5, 3), image(8, 4, 2), text(2)],
+    ],
+    "video": [[text(3), video(), text(6, 1)]],
+    "mixed rows": [
+        [text(3), image(), text(4, 1), video(3, 4, 4, 1), text(5, 2)],
+        [text(12, 3)],
+        [image(4, 8, 2), text(2, 4), image(seed=3), text(3, 5)],
+    ],
+}
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Writes the demo's data sets: conversations about boards of handwritten digits, as parquet with splits train and test.
+"""Writes the demo's data sets: conversations about boards of handwritten digits, in splits train and test.
 
     python -m pvm.digits.data --output_dir data/digits
     python -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
 
 The stage `adapt` is what PVM and LoRA are trained on (some tokens between image and question) and what everything is
-tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: hardly any.
+tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distance
+only, and the same tasks with boards in words in longer texts, so that what fails far away is sight and not language.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -39,12 +40,24 @@ class Stage:
     filler: tuple[int, int]  # tokens between the image and the first question
     questions: int  # turns of a `cell` conversation
     read_share: float  # share of `read` conversations
-    read_rows: int  # rows of a board read aloud, at most
+    read_cells: int  # cells read aloud, at most
+    list_share: float = 0.0  # share of `list` conversations
+    words_share: float = 0.0  # share of conversations with the board in words
+    words_filler: tuple[int, int] = (0, 0)  # tokens before such a board
 
 
 STAGES = {
-    "backbone": Stage(train_rows=32_000, filler=(0, 16), questions=4, read_share=0.3, read_rows=2),
-    "adapt": Stage(train_rows=8_000, filler=(64, 256), questions=8, read_share=0.2, read_rows=2),
+    "backbone": Stage(
+        train_rows=28_000,
+        filler=(0, 16),
+        questions=4,
+        read_share=0.24,
+        read_cells=8,
+        list_share=0.32,
+        words_share=0.2,
+        words_filler=(0, 256),
+    ),
+    "adapt": Stage(train_rows=8_000, filler=(64, 256), questions=8, read_share=0.2, read_cells=8),
 }
 TEST_FILLERS = (0, 64, 128, 256, 512, 1024)
 TEST_QUESTIONS = 240  # per filler length, one question a conversation
@@ -53,12 +66,21 @@ TEST_READS = 64  # whole boards, no filler
 
 def train_row(stage: Stage, digits: world.Digits, rng: np.random.Generator) -> dict:
     """One training conversation of a stage."""
-    length = int(rng.integers(stage.filler[0], stage.filler[1] + 1))
-    if rng.random() < stage.read_share:
-        rows = int(rng.integers(1, stage.read_rows + 1))
-        first = int(rng.integers(world.SIDE - rows + 1))
-        return world.read_row(digits, length, first, first + rows - 1, rng)
-    return world.cell_row(digits, length, stage.questions, rng)
+
+    def between(ends: tuple[int, int]) -> int:
+        return int(rng.integers(ends[0], ends[1] + 1))
+
+    in_words = rng.random() < stage.words_share
+    length = between(stage.words_filler if in_words else stage.filler)
+    kind = rng.random()
+    if kind < stage.read_share:
+        # The language model knows readings of any length from boards in words; images come with short ones only.
+        cells = between((1, world.SIDE**2 if in_words else stage.read_cells))
+        first = between((0, world.SIDE**2 - cells))
+        return world.read_row(digits, length, first, first + cells - 1, rng, in_words)
+    if kind < stage.read_share + stage.list_share and not in_words:
+        return world.list_row(digits, length, 8, rng)
+    return world.cell_row(digits, length, stage.questions, rng, in_words)
 
 
 def test_rows(digits: world.Digits, rng: np.random.Generator) -> list[Callable[[], dict]]:
@@ -68,7 +90,7 @@ def test_rows(digits: world.Digits, rng: np.random.Generator) -> list[Callable[[
         for length in TEST_FILLERS
         for _ in range(TEST_QUESTIONS)
     ]
-    return cells + [lambda: world.read_row(digits, 0, 0, world.SIDE - 1, rng)] * TEST_READS
+    return cells + [lambda: world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)] * TEST_READS
 
 
 def write(output_dir: str | Path, stage_name: str = "adapt", seed: int = 0, train_rows: int | None = None) -> None:

@@ -1,12 +1,13 @@
 """Boards of real handwritten digits, and two tasks on them.
 
 A board is a 4 x 4 grid of 8 x 8 pixel digits (scikit-learn's 1,797), 32 x 32 pixels in all; the tiny backbone sees one
-visual token per digit. Cells are named by a row and a column word, so that every digit in an answer is a scored piece.
+visual token per digit. Cells have names, alpha to papa, so that exactly the digits of an answer are its scored pieces.
 
-- `cell`: after some tokens of unrelated text, "Cell second bravo?" -> "7". The axis is the distance from the image.
-- `read`: "Read first to fourth." -> the rows are read aloud, a fixed phrase per cell. The axis is the depth of the answer.
+- `cell`: after some tokens of unrelated text, "Cell golf?" -> "7". The axis is the distance from the image.
+- `read`: "Read alpha to papa." -> the cells are read aloud, a fixed phrase each. The axis is the depth of the answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,11 @@ from sklearn.datasets import load_digits
 
 SIDE = 4
 PIXELS = 8
-ROWS = ("first", "second", "third", "fourth")
-COLUMNS = ("alpha", "bravo", "charlie", "delta")
+NAMES = tuple(
+    """alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa""".split()
+)
+CELLS = range(SIDE * SIDE)  # row by row, named in this order
+LIST_INSTRUCTION = "List cells."
 TEST_DIGITS = 360  # of 1,797
 SPLIT_SEED = 0  # the split is part of the world: the same digits are held out at every seed
 
@@ -34,31 +38,30 @@ FILLER_WORDS = tuple(
 )
 
 
-def read_instruction(first_row: int, last_row: int) -> str:
-    """The text that asks for rows `first_row` to `last_row` (both included, counted from 0)."""
-    return f"Read {ROWS[first_row]} to {ROWS[last_row]}."
+def read_instruction(first: int, last: int) -> str:
+    """The text that asks for the cells `first` to `last` (both included)."""
+    return f"Read {NAMES[first]} to {NAMES[last]}."
 
 
 def cell_question(cell: int) -> str:
-    """The question about a cell (counted row by row from 0)."""
-    return f"Cell {ROWS[cell // SIDE]} {COLUMNS[cell % SIDE]}?"
+    """The question about a cell."""
+    return f"Cell {NAMES[cell]}?"
 
 
 def cell_phrase(cell: int, digit: int) -> str:
-    """How a cell is announced when a board is read aloud: 11 tokens, the last but one is the digit."""
-    return f"The cell at {ROWS[cell // SIDE]} {COLUMNS[cell % SIDE]} shows the digit {digit}."
+    """How a cell is announced when a board is read aloud: 9 tokens, the last but one is the digit."""
+    return f"The digit in cell {NAMES[cell]} is {digit}."
 
 
 def texts() -> list[str]:
     """Texts that hold every word of the world in every form it takes; the tokenizer is made from them."""
-    cells = range(SIDE * SIDE)
     return [
         "user\nassistant\nsystem\n",
         " ".join(str(digit) for digit in range(10)),
         *(f"{word} {word}" for word in FILLER_WORDS),
-        *(cell_question(cell) for cell in cells),
-        *(f"{cell_phrase(cell, 0)} {cell_phrase(cell, 0)}" for cell in cells),
-        *(read_instruction(first, last) for first in range(SIDE) for last in range(SIDE)),
+        *(f"{cell_question(cell)} {cell_phrase(cell, 0)} {cell_phrase(cell, 0)}" for cell in CELLS),
+        f"{read_instruction(0, len(NAMES) - 1)} {LIST_INSTRUCTION} Cells",
+        "Cells",
     ]
 
 
@@ -77,16 +80,15 @@ class Digits:
         chosen = {"train": order[TEST_DIGITS:], "test": order[:TEST_DIGITS]}[split]
         return cls((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8), bunch.target[chosen])
 
-    def board(self, rng: np.random.Generator, filled: int = SIDE * SIDE) -> tuple[Image.Image, dict[int, int]]:
-        """A random board: its picture (32 x 32, RGB) and {cell: label} of its `filled` cells; the others are black."""
-        cells = np.sort(rng.permutation(SIDE * SIDE)[:filled])
-        labels = rng.integers(10, size=filled)
+    def board(self, rng: np.random.Generator, cells: Sequence[int] = CELLS) -> tuple[Image.Image, dict[int, int]]:
+        """A random board: its picture (32 x 32, RGB) and the labels of the given cells; the others are black."""
+        labels = rng.integers(10, size=len(cells))
         picks = [rng.choice(np.flatnonzero(self.labels == label)) for label in labels]
         grid = np.zeros((SIDE * SIDE, PIXELS, PIXELS), dtype=np.uint8)
-        grid[cells] = self.images[picks]
+        grid[list(cells)] = self.images[picks]
         grid = grid.reshape(SIDE, SIDE, PIXELS, PIXELS).swapaxes(1, 2)
         picture = Image.fromarray(grid.reshape(SIDE * PIXELS, SIDE * PIXELS)).convert("RGB")
-        return picture, dict(zip(cells.tolist(), labels.tolist(), strict=True))
+        return picture, dict(zip(cells, labels.tolist(), strict=True))
 
 
 def filler(length: int, rng: np.random.Generator) -> str:
@@ -103,27 +105,51 @@ def _assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def cell_row(digits: Digits, length: int, questions: int, rng: np.random.Generator, filled: int = SIDE * SIDE) -> dict:
-    """A conversation: a board, `length` tokens of filler, then up to `questions` turns about different filled cells."""
-    picture, labels = digits.board(rng, filled)
-    messages = []
-    for turn, cell in enumerate(rng.permutation(list(labels))[:questions].tolist()):
-        question = cell_question(cell)
-        if turn == 0:
-            question = f"{filler(length, rng)}\n{question}"
-        messages += [_user(question, image=turn == 0), _assistant(str(labels[cell]))]
-    return {"images": [picture], "messages": messages, "task": "cell", "filler": length}
+def text_board(labels: dict[int, int]) -> str:
+    """A board in words, 2 tokens a cell."""
+    return " ".join(["Cells", *(f"{NAMES[cell]}{label}" for cell, label in labels.items())])
 
 
-def read_row(digits: Digits, length: int, first_row: int, last_row: int, rng: np.random.Generator) -> dict:
-    """A conversation: a board, `length` tokens of filler, then the rows `first_row` to `last_row` read aloud."""
+def _opening(
+    digits: Digits, length: int, in_words: bool, rng: np.random.Generator
+) -> tuple[list, dict[int, int], str]:
+    # Filler stands between a board and the question where the board is an image, and before it where it is in words.
     picture, labels = digits.board(rng)
-    cells = range(first_row * SIDE, (last_row + 1) * SIDE)
-    answer = " ".join(cell_phrase(cell, labels[cell]) for cell in cells)
-    question = f"{filler(length, rng)}\n{read_instruction(first_row, last_row)}"
-    return {
-        "images": [picture],
-        "messages": [_user(question, image=True), _assistant(answer)],
-        "task": "read",
-        "filler": length,
-    }
+    text = filler(length, rng)
+    return ([], labels, f"{text}\n{text_board(labels)}\n") if in_words else ([picture], labels, f"{text}\n")
+
+
+def cell_row(digits: Digits, length: int, questions: int, rng: np.random.Generator, in_words: bool = False) -> dict:
+    """A conversation: a board, `length` tokens of filler, then `questions` turns about different cells."""
+    images, labels, opening = _opening(digits, length, in_words, rng)
+    messages = []
+    for turn, cell in enumerate(rng.permutation(SIDE * SIDE)[:questions].tolist()):
+        question = cell_question(cell)
+        messages += [
+            _user(question if turn else opening + question, image=turn == 0 and not in_words),
+            _assistant(str(labels[cell])),
+        ]
+    return {"images": images, "messages": messages, "task": "cell", "filler": length}
+
+
+def read_row(
+    digits: Digits, length: int, first: int, last: int, rng: np.random.Generator, in_words: bool = False
+) -> dict:
+    """A conversation: a board, `length` tokens of filler, then the cells `first` to `last` read aloud."""
+    images, labels, opening = _opening(digits, length, in_words, rng)
+    answer = " ".join(cell_phrase(cell, labels[cell]) for cell in range(first, last + 1))
+    messages = [_user(opening + read_instruction(first, last), image=not in_words), _assistant(answer)]
+    return {"images": images, "messages": messages, "task": "read", "filler": length}
+
+
+def list_row(digits: Digits, length: int, cells: int, rng: np.random.Generator) -> dict:
+    """
+    A conversation that the backbone alone is trained on: a board, `length` tokens of filler, then `cells` of its cells
+    in random order, as "golf7 papa3". With the digit right after the name, where a cell is can be learned in one
+    attention layer; the other tasks need two, and a model that starts with them learns it very late.
+    """
+    picture, labels = digits.board(rng)
+    chosen = rng.permutation(SIDE * SIDE)[:cells].tolist()
+    answer = " ".join(["Cells", *(f"{NAMES[cell]}{labels[cell]}" for cell in chosen)])
+    messages = [_user(f"{filler(length, rng)}\n{LIST_INSTRUCTION}", image=True), _assistant(answer)]
+    return {"images": [picture], "messages": messages, "task": "list", "filler": length}
