@@ -406,7 +406,7 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
         Load a PVM checkpoint, a stock Qwen3-VL checkpoint (its branches are new, their gates zero) or one of the
-        authors' implementation.
+        authors' implementation. To choose where new branches go, pass `config=Qwen3VLPVMConfig.from_stock(...)`.
 
         Raises:
             ValueError: if the checkpoint is marked as trained and its branches are missing or switched off.
@@ -442,7 +442,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
     def __init__(self, config: Qwen3VLPVMTextConfig):
         if config.model_type != Qwen3VLPVMTextConfig.model_type:
             raise ValueError(
-                f"The config is that of a stock model (`model_type: {config.model_type}`), without PVM fields. Convert "
+                f"The config is a stock model's (`model_type: {config.model_type}`), without PVM fields. Convert "
                 "it with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=..., pvm_hidden_size=...)`."
             )
         super().__init__(config)
@@ -453,6 +453,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         visual_pos_masks: torch.Tensor | None = None,
@@ -490,7 +491,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             # Everything in memory came before this pass, so there is nothing to compare: no sequence length is read.
             routing = VisualRouting(memory.positions, memory.complete)
             if not memory.complete:
-                present = memory.positions != NO_POSITION
+                present = memory.positions.to(inputs_embeds.device) != NO_POSITION
                 reads = present.any(dim=1)[:, None, None]
                 routing = routing._replace(reads=reads, mask=(present[:, None] | ~reads)[:, None])
 
@@ -578,13 +579,8 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         self.rope_deltas = None
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithPast:
+    @functools.wraps(Qwen3VLModel.forward)  # the Trainer reads the signature
+    def forward(self, *args, **kwargs) -> tuple | BaseModelOutputWithPast:
         """
         As the stock model.
 
@@ -596,18 +592,16 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         # generate() of transformers 5.23 passes an empty dict of encoder outputs where there is nothing to encode.
         has_pixels = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
         has_places = given & {"image_grid_thw", "video_grid_thw"} or (
-            mm_token_type_ids is not None and mm_token_type_ids.any()
+            "mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any()
         )
-        if inputs_embeds is not None and has_places and not has_pixels:
+        if "inputs_embeds" in given and has_places and not has_pixels:
             raise ValueError(
                 "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
                 "embeddings are merged in already, the PVM branches cannot know where. Pass `pixel_values` and leave "
                 "the placeholders' embeddings in `inputs_embeds`, or call `model.language_model(inputs_embeds=..., "
                 "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
             )
-        return super().forward(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, mm_token_type_ids=mm_token_type_ids, **kwargs
-        )
+        return super().forward(*args, **kwargs)
 
 
 class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin):
@@ -637,7 +631,7 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
         if kwargs.get("output_pvm_attentions"):
             raise ValueError(
                 "The stock model's output has no place for the branches' attention. Call the backbone: "
-                "`model.model(..., output_pvm_attentions=True).pvm_attentions`."
+                "`model.model(..., output_pvm_attentions=True).pvm_attentions` (needs transformers newer than 5.16)."
             )
         return super().forward(*args, **kwargs)
 

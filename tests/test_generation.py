@@ -1,0 +1,483 @@
+"""Generation and caches: the visual memory follows whatever is done to the KV cache it rides with."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen3VLForConditionalGeneration, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
+
+import tiny
+from modeling_qwen3vl_pvm import VisualMemory, VisualMemoryLayerMixin, write_visual_memory
+from tiny import BATCHES, branches, image, text, video
+
+
+NEW_TOKENS = 10
+# Before encoder outputs were handed through generate(), a chunk had to hold all of the images.
+OLD_CHUNKS = "mm_encoder_outputs" not in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
+
+
+def generate(model, batch, **kwargs):
+    """Greedy unless told otherwise; never stops early and never writes a placeholder of an image. The new tokens."""
+    defaults = {
+        "do_sample": False,
+        "max_new_tokens": NEW_TOKENS,
+        "pad_token_id": tiny.PAD_TOKEN,
+        "suppress_tokens": [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN],
+    }
+    kwargs = {**defaults, **kwargs}
+    return model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
+
+
+def positions(model, batch) -> torch.LongTensor:
+    """M-RoPE positions `[3, batch, sequence]`: passed to every forward here, since the stock model keeps a part of
+    them on the module, where another conversation overwrites it."""
+    named = {name: value for name, value in batch.items() if not name.startswith("pixel")}
+    return model.model.get_rope_index(**named)[0]
+
+
+class Conversation:
+    """
+    A batch forwarded turn by turn on one cache. Each of `turns` holds the parts of every row; a turn is padded on the
+    left, so a row may have padding in its middle, as in batched chat.
+    """
+
+    def __init__(self, model, *turns: list[list], cache=None):
+        self.model, self.turns = model, turns
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.whole = {}
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            self.whole[name] = torch.cat([tiny.inputs(*rows)[name] for rows in turns], dim=1)
+        # The model consumes images in the order of the batch: row by row.
+        by_row = [part for row in zip(*turns) for parts in row for part in parts]
+        for name, value in tiny.inputs(by_row).items():
+            self.whole.setdefault(name, value)
+        self.position_ids = positions(model, self.whole)
+        self.done = self.length = 0
+
+    def next_turn(self, rows: list[int] | None = None) -> torch.Tensor:
+        """Logits of the next turn on the cache, whose rows are now `rows` of those at the start."""
+        rows = list(range(len(self.turns[0]))) if rows is None else rows
+        turn = tiny.inputs(*(self.turns[self.done][row] for row in rows))
+        start, end = self.length, self.length + turn["input_ids"].shape[1]
+        self.done, self.length = self.done + 1, end
+        return tiny.logits(
+            self.model,
+            {**turn, "attention_mask": self.whole["attention_mask"][rows, :end]},
+            position_ids=self.position_ids[:, rows, start:end],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+
+    def at_once(self) -> torch.Tensor:
+        """Logits of all turns, without a cache."""
+        return tiny.logits(self.model, self.whole, position_ids=self.position_ids)
+
+
+def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor, attention_mask: torch.Tensor | None = None):
+    real = torch.ones(expected.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], atol=2e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- generate()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", BATCHES)
+def test_with_and_without_cache(rows, causal):
+    model = tiny.build(pvm_causal=causal)
+    batch = tiny.inputs(*BATCHES[rows])
+    tokens = generate(model, batch)
+    assert tokens.tolist() == generate(model, batch, use_cache=False).tolist()
+    tiny.set_gates(model, 0.0)
+    assert (tokens.tolist() == generate(model, batch).tolist()) == (rows == "text only"), "the branch decides"
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 3, "cache_implementation": "static"},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=lambda mode: ", ".join(f"{name} {value}" for name, value in mode.items()),
+)
+def test_modes_of_generation(model, mode, rows):
+    batch = tiny.inputs(*BATCHES[rows])
+    without_cache = {name: value for name, value in mode.items() if name != "cache_implementation"}
+    torch.manual_seed(0)
+    tokens = generate(model, batch, **mode)
+    torch.manual_seed(0)
+    assert tokens.tolist() == generate(model, batch, **without_cache, use_cache=False).tolist()
+
+
+def test_prompt_lookup(model, monkeypatch):
+    """Candidates that are refused are cropped from the cache."""
+    cropped = []
+    crop = VisualMemoryLayerMixin.crop
+    monkeypatch.setattr(VisualMemoryLayerMixin, "crop", lambda self, *args: (cropped.append(args), crop(self, *args)))
+    # The prompt's end was seen before, after the images: a candidate that holds an image is the stock model's problem.
+    batch = tiny.inputs([image(), text(3, 1), image(seed=1), text(12), text(8)])
+    tokens = generate(model, batch, max_new_tokens=20)
+    assert tokens.tolist() == generate(model, batch, max_new_tokens=20, prompt_lookup_num_tokens=4).tolist()
+    assert any(args[0] < 0 for args in cropped), "nothing was cropped: no test"
+
+
+def test_assisted_by_a_copy(model):
+    batch = tiny.inputs(*BATCHES["one image"])
+    tokens = generate(model, batch)
+    assert tokens.tolist() == generate(model, batch, assistant_model=copy.deepcopy(model)).tolist()
+
+
+@pytest.mark.skipif(OLD_CHUNKS, reason="the stock model of this version of transformers cannot either")
+@pytest.mark.parametrize("size", [3, 5, 8])
+def test_prefill_in_chunks(model, size):
+    batch = tiny.inputs([text(4), image(), text(4, 1), image(4, 8, 1), text(5, 2)])
+    assert generate(model, batch).tolist() == generate(model, batch, prefill_chunk_size=size).tolist()
+
+
+def test_embeddings_with_the_image_merged_in_are_refused(model):
+    batch = tiny.inputs(*BATCHES["one image"])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    hints = {name: batch[name] for name in ("attention_mask", "mm_token_type_ids", "image_grid_thw")}
+    with pytest.raises(ValueError, match="Pass `pixel_values`"):
+        model.generate(inputs_embeds=embeds, **hints, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("rows", ["one image", "several images"])
+def test_input_embeddings(model, rows):
+    """The first token only: stock generate() loses M-RoPE with embeddings, so later positions differ."""
+    batch = tiny.inputs(*BATCHES[rows])
+    expected = generate(model, batch)
+    position_ids = positions(model, batch)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    prefill = tiny.logits(model, batch, position_ids=position_ids)
+    prefill[..., [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN]] = -torch.inf
+    assert prefill[:, -1].argmax(-1).tolist() == expected[:, 0].tolist()
+
+
+def test_keys_and_values_are_computed_once(model):
+    calls = {"k_proj": 0, "v_proj": 0, "vision_reducer": 0, "q_proj": 0}
+    for block in branches(model):
+        modules = {**dict(block.cross_attn.named_children()), "vision_reducer": block.vision_reducer}
+        for name in calls:
+            modules[name].register_forward_hook(
+                lambda module, args, output, name=name: calls.update({name: calls[name] + 1})
+            )
+    generate(model, tiny.inputs(*BATCHES["mixed rows"]))
+    assert calls == {"k_proj": 2, "v_proj": 2, "vision_reducer": 2, "q_proj": 2 * NEW_TOKENS}
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_one_cache_layer_per_decoder_layer(model, cache_class):
+    sizes = {"max_cache_len": 64} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config, **sizes)
+    before = [type(layer) for layer in cache.layers]
+    generate(model, tiny.inputs(*BATCHES["one image"]), past_key_values=cache)
+    assert len(cache.layers) == len(cache) == 4
+    for index, (layer, stock) in enumerate(zip(cache.layers, before, strict=True)):
+        assert isinstance(layer, stock)
+        assert isinstance(layer, VisualMemoryLayerMixin) == (index in (1, 2))
+        if index in (1, 2):
+            assert layer.visual_memory.keys.shape == layer.visual_memory.values.shape == (1, 1, 4, 16)
+    assert [type(layer) for layer in cache_class(config=model.config, **sizes).layers] == before
+
+
+# ---------------------------------------------------------------------------------------------- several turns
+
+TURNS = {
+    "an image each": [[[text(3), image(), text(4, 1)]], [[text(2, 2), image(4, 8, 1), text(3, 3)]]],
+    "first text, then an image": [[[text(5)]], [[text(2, 2), image(4, 8, 1), text(3, 3)]]],
+    "an image, then text": [[[text(3), image(), text(4, 1)]], [[text(5, 2)]], [[text(1, 3)]]],
+    "image and video": [[[image(), text(4, 1)]], [[video(3), text(1, 2)]], [[text(2, 3), image(8, 4, 5), text(2, 4)]]],
+    "rows that differ": [
+        [[text(3), image(), text(4, 1)], [text(6, 4)], [text(3, 6), image(4, 8, 7), text(2, 5)]],
+        [[text(2, 2), image(4, 8, 1), text(3, 3)], [text(2, 7), image(seed=8), text(1, 1)], [text(9, 9)]],
+        [[text(1, 2)], [text(3, 7), image(seed=9), image(seed=10), text(1, 1)], [video(2, 4, 4, 9), text(2, 9)]],
+    ],
+}
+
+
+def new_cache(model, kind: str):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=80)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("turns", TURNS)
+def test_turns_on_one_cache(model, turns, kind):
+    conversation = Conversation(model, *TURNS[turns], cache=new_cache(model, kind))
+    step_by_step = torch.cat([conversation.next_turn() for _ in conversation.turns], dim=1)
+    assert_same_logits(step_by_step, conversation.at_once(), conversation.whole["attention_mask"])
+
+
+def test_chunks_that_cut_an_image(model):
+    """The decoder itself takes pieces of any length, a single token too."""
+    calls = []
+    language_model = model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    tiny.logits(model, tiny.inputs(*BATCHES["several images"], padding_side="left"))
+    hook.remove()
+    whole = {name: calls[0][name] for name in ("inputs_embeds", "position_ids", "visual_pos_masks", "attention_mask")}
+    features = [torch.zeros(*whole["inputs_embeds"].shape) for _ in calls[0]["deepstack_visual_embeds"]]
+    for feature, visual in zip(features, calls[0]["deepstack_visual_embeds"]):
+        feature[whole["visual_pos_masks"]] = visual
+
+    with torch.no_grad():
+        expected = language_model(**calls[0]).last_hidden_state
+        for size in (1, 2, 3, 7):
+            cache, outputs = DynamicCache(config=model.config), []
+            for start in range(0, expected.shape[1], size):
+                chunk = slice(start, start + size)
+                visual = whole["visual_pos_masks"][:, chunk]
+                outputs.append(
+                    language_model(
+                        inputs_embeds=whole["inputs_embeds"][:, chunk],
+                        position_ids=whole["position_ids"][:, :, chunk],
+                        attention_mask=whole["attention_mask"][:, : start + size],
+                        visual_pos_masks=visual,
+                        deepstack_visual_embeds=[feature[:, chunk][visual] for feature in features],
+                        past_key_values=cache,
+                    ).last_hidden_state
+                )
+            assert_same_logits(torch.cat(outputs, dim=1), expected, whole["attention_mask"])
+
+
+def test_conversations_do_not_touch_each_other(model):
+    """Two on caches of their own, decoded in turn, with a text-only call and a batch in between."""
+    a = Conversation(model, *TURNS["an image each"])
+    b = Conversation(model, [[image(8, 4, 7), text(3, 5)]], [[text(3, 6), video(2, 4, 4, 8), text(2, 7)]])
+    outputs = {a: [], b: []}
+    for conversation in (a, b, b, a):
+        outputs[conversation].append(conversation.next_turn())
+        tiny.logits(model, tiny.inputs(*BATCHES["text only"]))
+        tiny.logits(model, tiny.inputs(*BATCHES["mixed rows"]))
+    for conversation in (a, b):
+        assert_same_logits(torch.cat(outputs[conversation], dim=1), conversation.at_once())
+
+
+def test_nothing_is_kept_on_modules(model):
+    def attributes():
+        return {
+            (name, key)
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    before, state = attributes(), copy.deepcopy(model.state_dict())
+    generate(model, tiny.inputs(*BATCHES["mixed rows"]))
+    assert attributes() - before <= {("model", "rope_deltas")}  # the stock model's own
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+
+
+# ---------------------------------------------------------------------------------------------- operations on a cache
+
+# Three rows, the second without an image at first; then turns as long in every row.
+ROWS = [
+    [[text(3), image(), text(4, 1)], [text(6, 4)], [text(3, 6), image(4, 8, 7), text(2, 5)]],
+    [[text(10, 2)], [text(2, 7), image(seed=8), text(2, 1)], [image(seed=5), text(4, 9)]],
+    [[text(4, 12)], [text(4, 13)], [text(4, 14)]],
+]
+
+
+def select(cache):
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    return [2, 0]
+
+
+def repeat(cache):
+    cache.batch_repeat_interleave(2)
+    return [0, 0, 1, 1, 2, 2]
+
+
+def reorder(cache):
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    return [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [("dynamic", select), ("dynamic", repeat), ("dynamic", reorder), ("static", reorder)],
+)
+@pytest.mark.parametrize("before", [1, 2])
+def test_rows_of_a_cache(model, kind, operation, before):
+    conversation = Conversation(model, *ROWS, cache=new_cache(model, kind))
+    for _ in range(before):
+        conversation.next_turn()
+    done = conversation.length
+    rows = operation(conversation.cache)
+    rest = torch.cat([conversation.next_turn(rows) for _ in range(before, 3)], dim=1)
+    expected = conversation.at_once()[rows, done:]
+    assert_same_logits(rest, expected, conversation.whole["attention_mask"][rows, done:])
+
+
+def test_crop_back_to_before_an_image_and_go_on_with_another(model):
+    start, wrong, right = (
+        [[text(3), image(), text(4, 1)]],
+        [[image(4, 8, 1), text(3, 2)]],
+        [[image(8, 4, 9), text(5, 3)]],
+    )
+    conversation = Conversation(model, start, wrong)
+    conversation.next_turn()
+    kept = conversation.length
+    conversation.next_turn()
+    conversation.cache.crop(kept - conversation.length)
+    assert [layer.visual_memory.keys.shape[2] for layer in conversation.cache.layers[1:3]] == [4, 4]
+
+    other = Conversation(model, start, right, cache=conversation.cache)
+    other.done, other.length = 1, kept
+    assert_same_logits(other.next_turn(), other.at_once()[:, kept:])
+
+
+@pytest.mark.parametrize("kept", [4, 6])  # 6: the first visual token is the first that goes
+def test_crop_everything_visual(model, kept):
+    conversation = Conversation(model, [[text(5), image(), text(4, 1)]])
+    conversation.next_turn()
+    conversation.cache.crop(kept - conversation.length)
+    assert conversation.cache.get_seq_length() == kept
+    prefix = [*text(5), tiny.VISION_START][:kept]
+    again = Conversation(model, [[prefix]], [[text(6, 2)]], cache=conversation.cache)
+    again.done, again.length = 1, kept
+    assert_same_logits(again.next_turn(), again.at_once()[:, kept:])
+
+
+def test_crop_in_rows_with_different_images(model):
+    conversation = Conversation(model, *ROWS)
+    first = conversation.next_turn().shape[1]
+    conversation.next_turn()
+    conversation.cache.crop(first - conversation.length)
+    conversation.done, conversation.length = 1, first
+    again = torch.cat([conversation.next_turn(), conversation.next_turn()], dim=1)
+    assert_same_logits(again, conversation.at_once()[:, first:], conversation.whole["attention_mask"][:, first:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_reset(model, kind):
+    cache = new_cache(model, kind)
+    for turns in (TURNS["rows that differ"], TURNS["first text, then an image"], TURNS["an image each"]):
+        if kind == "static":  # its tensors are made for the size of the batch
+            turns = [turn[:1] for turn in turns]
+        conversation = Conversation(model, *turns, cache=cache)
+        outputs = torch.cat([conversation.next_turn() for _ in turns], dim=1)
+        assert_same_logits(outputs, conversation.at_once(), conversation.whole["attention_mask"])
+        cache.reset()
+        assert all(layer.visual_memory is None for layer in cache.layers if isinstance(layer, VisualMemoryLayerMixin))
+        if cache.get_seq_length() > 0:  # older transformers only zero a dynamic cache: it cannot be used again
+            assert kind == "dynamic"
+            break
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_copies_go_on_independently(model, kind):
+    """A prefix computed once and continued in two ways."""
+    start = [[text(3), image(), text(4, 1)]]
+    ways = [[[text(2, 2), image(4, 8, 1), text(3, 3)]], [[video(2, 4, 4, 4), text(6, 4)]]]
+    prefix = Conversation(model, start, cache=new_cache(model, kind))
+    prefix.next_turn()
+    for way in (*ways, ways[0]):
+        conversation = Conversation(model, start, way, cache=copy.deepcopy(prefix.cache))
+        conversation.done, conversation.length = 1, prefix.length
+        assert_same_logits(conversation.next_turn(), conversation.at_once()[:, prefix.length :])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cache_on_disk(model, kind, tmp_path):
+    start, rest = TURNS["an image each"]
+    prefix = Conversation(model, start, rest, cache=new_cache(model, kind))
+    prefix.next_turn()
+    torch.save(prefix.cache, tmp_path / "prompt.pt")
+    prefix.cache = torch.load(tmp_path / "prompt.pt", weights_only=False)
+    assert [type(layer).__name__ for layer in prefix.cache.layers].count(f"VisualMemory{kind.capitalize()}Layer") == 2
+    length = prefix.length
+    assert_same_logits(prefix.next_turn(), prefix.at_once()[:, length:])
+
+
+def test_offloaded_layers_come_back(model):
+    conversation = Conversation(model, *ROWS)
+    for _ in ROWS:
+        actual = conversation.next_turn()
+        for layer in conversation.cache.layers:
+            layer.offload()
+            layer.prefetch()
+    assert_same_logits(actual, conversation.at_once()[:, -4:])
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_decode_step_with_an_offloaded_memory(complete):
+    """An accelerator's part is played by meta tensors, which do not mix with the CPU's either."""
+    with torch.device("meta"):
+        model = tiny.build()
+        cache = DynamicCache(config=model.config)
+        for index in range(4):
+            cache.update(torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 16), index)
+        step = {"inputs_embeds": torch.zeros(2, 1, 32), "position_ids": torch.zeros(3, 2, 1).long()}
+    states, places = torch.zeros(2, 1, 4, 16), torch.zeros(2, 4).long()
+    for index in (1, 2):
+        write_visual_memory(cache, index, VisualMemory(states, states, places, complete))
+    with torch.no_grad():
+        output = model.model.language_model(**step, past_key_values=cache, use_cache=True)
+    assert output.last_hidden_state.device.type == "meta"
+
+
+class ExactlyQuantizedLayer(QuantizedLayer):
+    """Quantisation without a backend and without loss: what is tested is that the memory rides with such a layer."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.clone()
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("turns", ["an image each", "rows that differ"])
+def test_quantized_cache(model, turns):
+    cache = Cache(layers=[ExactlyQuantizedLayer(residual_length=4) for _ in range(4)])
+    conversation = Conversation(model, *TURNS[turns], cache=cache)
+    step_by_step = torch.cat([conversation.next_turn() for _ in conversation.turns], dim=1)
+    assert_same_logits(step_by_step, conversation.at_once(), conversation.whole["attention_mask"])
+    assert all(isinstance(layer, ExactlyQuantizedLayer) for layer in cache.layers)
+
+
+# ---------------------------------------------------------------------------------------------- compiled decoding
+
+
+# "mixed rows": a memory with empty slots, which needs a mask.
+@pytest.mark.parametrize(("rows", "backend"), [("one image", "aot_eager"), ("mixed rows", "eager")])
+def test_compiled_decode_step(model, rows, backend):
+    """One graph without a break, compiled once for all tokens."""
+    torch.compiler.reset()
+    batch = tiny.inputs(*BATCHES[rows])
+    size, length = batch["input_ids"].shape
+    new_tokens = torch.tensor([text(6, seed) for seed in range(size)])
+    real = torch.cat([batch["attention_mask"], torch.ones_like(new_tokens)], dim=1)
+    prompt_positions = positions(model, batch)
+    first_new = prompt_positions.amax(dim=(0, 2))[:, None] + 1
+    new_positions = (first_new + torch.arange(6)).expand(3, -1, -1)
+
+    def decode(step, forward, cache):
+        return forward(
+            input_ids=new_tokens[:, step : step + 1],
+            attention_mask=torch.nn.functional.pad(real[:, : length + step + 1], (0, 5 - step)),
+            position_ids=new_positions[:, :, step : step + 1],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+
+    results = []
+    with torch.no_grad():
+        for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend=backend)):
+            cache = StaticCache(config=model.config, max_cache_len=length + 6)
+            model(**batch, position_ids=prompt_positions, past_key_values=cache, use_cache=True)
+            outputs = [decode(0, forward, cache)]
+            with torch.compiler.set_stance("fail_on_recompile" if forward is not model else "default"):
+                outputs += [decode(step, forward, cache) for step in range(1, 6)]
+            results.append(torch.cat(outputs, dim=1))
+    assert_same_logits(results[1], results[0])
