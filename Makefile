@@ -1,5 +1,6 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make test      run the tests
+# make seeds     the demo's comparison at further seeds (SEEDS="1 2"): about three times as long
 # make style     format the code;   make quality: check it
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)
 
@@ -9,19 +10,30 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 # The demo's models are so small that a second thread costs more than it brings.
-demo backbone test: export OMP_NUM_THREADS ?= 1
+demo seeds backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-demo backbone test: export HF_HUB_OFFLINE ?= 1
+demo seeds backbone test: export HF_HUB_OFFLINE ?= 1
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
 
-.PHONY: demo test style quality backbone
+SEEDS ?= 1 2
+seed_models = assets/digits-backbone $(foreach s,0 $(SEEDS),runs/digits_pvm$(if $(filter-out 0,$(s)),_seed$(s)) \
+	runs/digits_lora$(if $(filter-out 0,$(s)),_seed$(s)))
+seed_names = base $(foreach s,0 $(SEEDS),PVM-$(s) LoRA-$(s))
+
+.PHONY: demo seeds test style quality backbone
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
 	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.safetensors
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
+
+seeds: demo
+	$(MAKE) -j2 $(foreach s,$(SEEDS),runs/digits_lora_seed$(s)/adapter_model.safetensors \
+		runs/digits_pvm_seed$(s)/model.safetensors)
+	$(RUN) eval.py --config recipes/digits_eval.yaml --model $(seed_models) --names $(seed_names) \
+		--output_dir runs/digits_seeds --overwrite true
 
 test: $(INSTALLED)
 	$(RUN) -m pytest
@@ -50,10 +62,17 @@ data/digits-backbone/test.parquet:
 	$(RUN) -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
 
 runs/digits_pvm/model.safetensors:
-	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,runs/digits_pvm)
+	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))
 
-# Beside the training above, so its progress goes to a file.
+runs/digits_pvm_seed%/model.safetensors:
+	$(RUN) train.py --config recipes/digits_pvm.yaml --seed $* --output_dir $(@D) $(call resume,$(@D))
+
+# Beside the trainings above, so its progress goes to a file.
 runs/digits_lora/adapter_model.safetensors:
-	@echo "The LoRA control trains in parallel; its progress is in runs/digits_lora.log"
-	@$(RUN) train.py --config recipes/digits_lora.yaml $(call resume,runs/digits_lora) > runs/digits_lora.log 2>&1 \
-		|| (tail -5 runs/digits_lora.log; exit 1)
+	@echo "The LoRA control trains in parallel; its progress is in $(@D).log"
+	@$(RUN) train.py --config recipes/digits_lora.yaml $(call resume,$(@D)) > $(@D).log 2>&1 \
+		|| (tail -n 5 $(@D).log; exit 1)
+
+runs/digits_lora_seed%/adapter_model.safetensors:
+	@$(RUN) train.py --config recipes/digits_lora.yaml --seed $* --output_dir $(@D) $(call resume,$(@D)) \
+		> $(@D).log 2>&1 || (tail -n 5 $(@D).log; exit 1)

@@ -5,11 +5,13 @@
 train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
 """
 
+import json
 from argparse import ArgumentParser
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     GenerationConfig,
@@ -68,9 +70,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     # Merging goes on until no pair is left, so that every word of the texts ends as one token.
     tokenizer.train_from_iterator(
         world.texts(),
-        BpeTrainer(vocab_size=10_000, min_frequency=1, initial_alphabet=_bytes(), show_progress=False),
+        BpeTrainer(
+            vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+        ),
     )
-    model = _bpe_state(tokenizer)
+    model = json.loads(tokenizer.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
@@ -79,18 +83,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
         additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=4096,
     )
-
-
-def _bytes() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _bpe_state(tokenizer: Tokenizer) -> dict:
-    import json
-
-    return json.loads(tokenizer.to_str())["model"]
 
 
 def build_processor() -> Qwen3VLProcessor:
@@ -149,7 +141,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
 
 
@@ -159,9 +151,10 @@ def build_backbone(seed: int = 0) -> tuple[Qwen3VLForConditionalGeneration, Qwen
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(build_config(tokenizer))
-    # Visible beside the pixels from the start. With the usual 0.05 the visual embeddings never come to tell where a
-    # digit is: the decoder works it out from rotary positions, and PVM, which reads the embeddings alone, cannot.
+    # With the usual 0.05, positions are lost beside the pixels, and names beside what the first layer adds to them:
+    # where a digit is would be learned very late, and from rotary positions, which PVM does not see.
     torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     model.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")],

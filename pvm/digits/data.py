@@ -6,11 +6,11 @@
 The stage `adapt` is what PVM and LoRA are trained on (some tokens between image and question) and what everything is
 tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distance
 only, and the same tasks with boards in words in longer texts, so that what fails far away is sight and not language.
+Its rows are in training order, in blocks of one kind: train on it with `--train_sampling_strategy sequential`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,86 +32,95 @@ FEATURES = Features(
 )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What the training conversations of a stage look like. Ranges include both ends."""
-
-    train_rows: int
-    filler: tuple[int, int]  # tokens between the image and the first question
-    questions: int  # turns of a `cell` conversation
-    read_share: float  # share of `read` conversations
-    read_cells: int  # cells read aloud, at most
-    list_share: float = 0.0  # share of `list` conversations
-    words_share: float = 0.0  # share of conversations with the board in words
-    words_filler: tuple[int, int] = (0, 0)  # tokens before such a board
-
-
-STAGES = {
-    "backbone": Stage(
-        train_rows=28_000,
-        filler=(0, 16),
-        questions=4,
-        read_share=0.24,
-        read_cells=8,
-        list_share=0.32,
-        words_share=0.2,
-        words_filler=(0, 256),
-    ),
-    "adapt": Stage(train_rows=8_000, filler=(64, 256), questions=8, read_share=0.2, read_cells=8),
-}
+TRAIN_ROWS = {"adapt": 3_360, "backbone": 24_000}
+BLOCK = 16  # rows of one kind in a row, a micro-batch: long and short ones together would be mostly padding
+LIST_BLOCKS = 480  # the backbone first learns where cells are
 TEST_FILLERS = (0, 64, 128, 256, 512, 1024)
 TEST_QUESTIONS = 240  # per filler length, one question a conversation
 TEST_READS = 64  # whole boards, no filler
 
 
-def train_row(stage: Stage, digits: world.Digits, rng: np.random.Generator) -> dict:
-    """One training conversation of a stage."""
+def between(low: int, high: int, rng: np.random.Generator) -> int:
+    """A random integer, both ends included."""
+    return int(rng.integers(low, high + 1))
 
-    def between(ends: tuple[int, int]) -> int:
-        return int(rng.integers(ends[0], ends[1] + 1))
 
-    in_words = rng.random() < stage.words_share
-    length = between(stage.words_filler if in_words else stage.filler)
+def some_cells(most: int, rng: np.random.Generator) -> tuple[int, int]:
+    """The first and the last of 1 to `most` successive cells."""
+    number = between(1, most, rng)
+    first = between(0, world.SIDE**2 - number, rng)
+    return first, first + number - 1
+
+
+def adapt_row(digits: world.Digits, rng: np.random.Generator) -> dict:
+    """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 8 cells read in sentences."""
+    length = between(0, 256, rng)
     kind = rng.random()
-    if kind < stage.read_share:
-        # The language model knows readings of any length from boards in words; images come with short ones only.
-        cells = between((1, world.SIDE**2 if in_words else stage.read_cells))
-        first = between((0, world.SIDE**2 - cells))
-        return world.read_row(digits, length, first, first + cells - 1, rng, in_words)
-    if kind < stage.read_share + stage.list_share and not in_words:
-        return world.list_row(digits, length, 8, rng)
-    return world.cell_row(digits, length, stage.questions, rng, in_words)
+    if kind < 0.4:
+        return world.list_row(digits, length, *some_cells(16, rng), rng)
+    if kind < 0.52:
+        return world.read_row(digits, length, *some_cells(8, rng), rng)
+    return world.cell_row(digits, length, 16, rng)
 
 
-def test_rows(digits: world.Digits, rng: np.random.Generator) -> list[Callable[[], dict]]:
-    """The test conversations, the same for both stages, still to be made."""
-    cells = [
-        lambda length=length: world.cell_row(digits, length, 1, rng)
-        for length in TEST_FILLERS
-        for _ in range(TEST_QUESTIONS)
-    ]
-    return cells + [lambda: world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)] * TEST_READS
+def backbone_row(digits: world.Digits, block: int, text_only: bool, rng: np.random.Generator) -> dict:
+    """A conversation to train the backbone on: with an image, at most 16 tokens of filler and at most 8 cells read."""
+    if block < LIST_BLOCKS:
+        return world.list_row(digits, between(0, 16, rng), *some_cells(16, rng), rng)
+    length = between(0, 512 if text_only else 16, rng)
+    kind = rng.random()
+    if text_only and kind < 0.5:
+        return world.name_row(length, 4, rng)
+    if kind < (0.75 if text_only else 0.15):
+        return world.list_row(digits, length, *some_cells(16, rng), rng, text_only)
+    if rng.random() < 0.4:
+        return world.read_row(digits, length, *some_cells(16 if text_only else 8, rng), rng, text_only)
+    return world.cell_row(digits, length, 4, rng, text_only)
 
 
-def write(output_dir: str | Path, stage_name: str = "adapt", seed: int = 0, train_rows: int | None = None) -> None:
-    """Writes train.parquet and test.parquet into `output_dir`; the same arguments give the same rows."""
-    output_dir, stage = Path(output_dir), STAGES[stage_name]
+def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Generator) -> Iterator[dict]:
+    """The training conversations of a stage, in order."""
+    text_only = False
+    for index in range(number):
+        if stage == "adapt":
+            yield adapt_row(digits, rng)
+            continue
+        block, offset = divmod(index, BLOCK)
+        if offset == 0:
+            text_only = block >= LIST_BLOCKS and rng.random() < 0.25
+        yield backbone_row(digits, block, text_only, rng)
+
+
+def test_rows(digits: world.Digits, rng: np.random.Generator) -> Iterator[dict]:
+    """The test conversations of both stages: single questions at every distance, whole boards read aloud."""
+    for length in TEST_FILLERS:
+        for _ in range(TEST_QUESTIONS):
+            yield world.cell_row(digits, length, 1, rng)
+    for _ in range(TEST_READS):
+        yield world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)
+
+
+def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: int | None = None) -> None:
+    """Writes train.parquet (`number` rows) and test.parquet into `output_dir`; the same arguments, the same rows."""
+    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    train_rng, test_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    train, test = world.Digits.load("train"), world.Digits.load("test")
+    number = TRAIN_ROWS[stage] if number is None else number
     splits = {
-        "train": [lambda: train_row(stage, train, train_rng)] * (train_rows or stage.train_rows),
-        "test": test_rows(test, test_rng),
+        "train": (number, train_rows(stage, world.Digits.load("train"), number, np.random.default_rng([seed, 0]))),
+        "test": (
+            len(TEST_FILLERS) * TEST_QUESTIONS + TEST_READS,
+            test_rows(world.Digits.load("test"), np.random.default_rng([seed, 1])),
+        ),
     }
-    for split, makers in splits.items():
-        rows = [make() for make in tqdm(makers, desc=f"{output_dir}/{split}")]
-        Dataset.from_list(rows, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
+    for split, (total, rows) in splits.items():
+        made = list(tqdm(rows, total=total, desc=f"{output_dir}/{split}"))
+        Dataset.from_list(made, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder for train.parquet and test.parquet")
-    parser.add_argument("--stage", choices=sorted(STAGES), default="adapt", help="which training conversations")
+    parser.add_argument("--stage", choices=sorted(TRAIN_ROWS), default="adapt", help="which training conversations")
     parser.add_argument("--seed", type=int, default=0, help="the boards, texts and questions; never the digit split")
     parser.add_argument("--train_rows", type=int, default=None, help="default: what the stage's recipe needs")
     args = parser.parse_args()

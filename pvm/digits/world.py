@@ -4,7 +4,7 @@ A board is a 4 x 4 grid of 8 x 8 pixel digits (scikit-learn's 1,797), 32 x 32 pi
 visual token per digit. Cells have names, alpha to papa, so that exactly the digits of an answer are its scored pieces.
 
 - `cell`: after some tokens of unrelated text, "Cell golf?" -> "7". The axis is the distance from the image.
-- `read`: "Read alpha to papa." -> the cells are read aloud, a fixed phrase each. The axis is the depth of the answer.
+- `read`: "Read alpha to papa." -> those cells are read aloud, a fixed phrase each. The axis is the depth.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ NAMES = tuple(
     """alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa""".split()
 )
 CELLS = range(SIDE * SIDE)  # row by row, named in this order
-LIST_INSTRUCTION = "List cells."
 TEST_DIGITS = 360  # of 1,797
 SPLIT_SEED = 0  # the split is part of the world: the same digits are held out at every seed
 
@@ -39,13 +38,23 @@ FILLER_WORDS = tuple(
 
 
 def read_instruction(first: int, last: int) -> str:
-    """The text that asks for the cells `first` to `last` (both included)."""
+    """The text that asks for the cells `first` to `last` (both included) in whole sentences."""
     return f"Read {NAMES[first]} to {NAMES[last]}."
+
+
+def list_instruction(first: int, last: int) -> str:
+    """The text that asks for the same in brief."""
+    return f"List {NAMES[first]} to {NAMES[last]}."
 
 
 def cell_question(cell: int) -> str:
     """The question about a cell."""
     return f"Cell {NAMES[cell]}?"
+
+
+def name_instruction(cell: int) -> str:
+    """The text that asks to repeat a name, for which no board is needed."""
+    return f"Name {NAMES[cell]}."
 
 
 def cell_phrase(cell: int, digit: int) -> str:
@@ -60,8 +69,8 @@ def texts() -> list[str]:
         " ".join(str(digit) for digit in range(10)),
         *(f"{word} {word}" for word in FILLER_WORDS),
         *(f"{cell_question(cell)} {cell_phrase(cell, 0)} {cell_phrase(cell, 0)}" for cell in CELLS),
-        f"{read_instruction(0, len(NAMES) - 1)} {LIST_INSTRUCTION} Cells",
-        "Cells",
+        *(f"\n{name_instruction(cell)}\n{NAMES[cell]}" for cell in CELLS),
+        f"{read_instruction(0, 15)}\n{list_instruction(0, 15)}\nCells",
     ]
 
 
@@ -93,7 +102,7 @@ class Digits:
 
 def filler(length: int, rng: np.random.Generator) -> str:
     """`length` random words; each is one token."""
-    return " ".join(rng.choice(FILLER_WORDS, size=length))
+    return " ".join(FILLER_WORDS[word] for word in rng.integers(len(FILLER_WORDS), size=length))
 
 
 def _user(text: str, image: bool = False) -> dict:
@@ -142,14 +151,27 @@ def read_row(
     return {"images": images, "messages": messages, "task": "read", "filler": length}
 
 
-def list_row(digits: Digits, length: int, cells: int, rng: np.random.Generator) -> dict:
+def list_row(
+    digits: Digits, length: int, first: int, last: int, rng: np.random.Generator, in_words: bool = False
+) -> dict:
     """
-    A conversation that the backbone alone is trained on: a board, `length` tokens of filler, then `cells` of its cells
-    in random order, as "golf7 papa3". With the digit right after the name, where a cell is can be learned in one
+    A conversation that the backbone alone is trained on: a board, `length` tokens of filler, then the cells `first` to
+    `last` in brief, as "golf7 hotel3". With the digit right after the name, where a cell is can be learned in one
     attention layer; the other tasks need two, and a model that starts with them learns it very late.
     """
-    picture, labels = digits.board(rng)
-    chosen = rng.permutation(SIDE * SIDE)[:cells].tolist()
-    answer = " ".join(["Cells", *(f"{NAMES[cell]}{labels[cell]}" for cell in chosen)])
-    messages = [_user(f"{filler(length, rng)}\n{LIST_INSTRUCTION}", image=True), _assistant(answer)]
-    return {"images": [picture], "messages": messages, "task": "list", "filler": length}
+    images, labels, opening = _opening(digits, length, in_words, rng)
+    answer = text_board({cell: labels[cell] for cell in range(first, last + 1)})
+    messages = [_user(opening + list_instruction(first, last), image=not in_words), _assistant(answer)]
+    return {"images": images, "messages": messages, "task": "list", "filler": length}
+
+
+def name_row(length: int, questions: int, rng: np.random.Generator) -> dict:
+    """
+    A conversation that the backbone alone is trained on: `length` tokens of filler, then `questions` names to repeat.
+    It teaches what any language model can do, to find what it was asked for after a long text.
+    """
+    messages = []
+    for turn, cell in enumerate(rng.permutation(SIDE * SIDE)[:questions].tolist()):
+        opening = "" if turn else f"{filler(length, rng)}\n"
+        messages += [_user(opening + name_instruction(cell)), _assistant(NAMES[cell])]
+    return {"images": [], "messages": messages, "task": "name", "filler": length}
