@@ -5,7 +5,7 @@
 
 The stage `adapt` is what PVM and LoRA are trained on (some tokens between image and question) and what everything is
 tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distance
-only, and the same tasks with boards in words in longer texts, so that what fails far away is sight and not language.
+only; longer texts without an image (names to repeat, boards in words) let it meet long contexts at all.
 Its rows are in training order, in blocks of one kind: train on it with `--train_sampling_strategy sequential`.
 """
 

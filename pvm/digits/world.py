@@ -155,7 +155,7 @@ def list_row(
     digits: Digits, length: int, first: int, last: int, rng: np.random.Generator, in_words: bool = False
 ) -> dict:
     """
-    A conversation that the backbone alone is trained on: a board, `length` tokens of filler, then the cells `first` to
+    A conversation to train on: a board, `length` tokens of filler, then the cells `first` to
     `last` in brief, as "golf7 hotel3". With the digit right after the name, where a cell is can be learned in one
     attention layer; the other tasks need two, and a model that starts with them learns it very late.
     """
