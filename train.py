@@ -97,13 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training_args.seed)
 
     name = model_args.model_name_or_path
+    conversations = load_conversations(data_args.dataset_name, data_args.dataset_split, data_args.dataset_config)
     processor = load_processor(name, model_args.model_revision)
+    dataset = ConversationDataset(conversations, processor, data_args.dataset_name, data_args.max_length)
+    dataset[0]  # a data set of another form is found out before the model is loaded
     model = load_model(model_args)
     console.print(parameter_table(model))
-
-    conversations = load_conversations(data_args.dataset_name, data_args.dataset_split, data_args.dataset_config)
-    dataset = ConversationDataset(conversations, processor, data_args.dataset_name, data_args.max_length)
-    dataset[0]  # a data set of another form is found out before anything else happens
 
     trainer = PVMTrainer(
         method=model_args.method,
@@ -118,8 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_state()
     console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")
     console.print(
-        f"  python eval.py --model {name} {training_args.output_dir} --dataset_name {data_args.dataset_name} "
-        f"--dataset_split test --output_dir {training_args.output_dir}/eval"
+        f"  python eval.py --model {name} {training_args.output_dir} --dataset_name YOUR_TEST_SET "
+        f"--dataset_split test --output_dir {training_args.output_dir}-eval",
+        highlight=False,
     )
 
 

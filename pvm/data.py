@@ -31,6 +31,10 @@ def load_conversations(name: str, split: str, config_name: str | None = None) ->
         UserError: if there is no such data set, split or column.
     """
     path = Path(name)
+    if path.suffix in FILE_FORMATS and not path.is_file():
+        raise UserError(f"{name}: no such file.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{name} is empty.")
     try:
         if path.is_file():
             if path.suffix not in FILE_FORMATS:
@@ -41,7 +45,7 @@ def load_conversations(name: str, split: str, config_name: str | None = None) ->
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"Cannot load split `{split}` of the data set `{name}`: {reason}") from error
     if isinstance(dataset, DatasetDict):
         raise UserError(f"{name}: name one split of {', '.join(dataset)}.")
@@ -112,7 +116,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             inputs = self.processor(
                 text=[text], images=images or None, return_tensors="pt", return_mm_token_type_ids=True
             )
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:  # ours, the processor's, and those of missing or broken images
             raise UserError(f"{self.name}, row {index}: {error}") from error
 
         # Per-token inputs come with a batch dimension of 1; those of the images have none.

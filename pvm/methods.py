@@ -72,15 +72,25 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     if arguments.method != "pvm" and pvm_fields:
         raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
 
-    if arguments.method == "pvm":
-        model = Qwen3VLPVMForConditionalGeneration.from_pretrained(
-            name, config=_pvm_config(name, revision, pvm_fields), **loading
+    try:
+        if arguments.method == "pvm":
+            config = _pvm_config(name, revision, pvm_fields)
+            model, info = Qwen3VLPVMForConditionalGeneration.from_pretrained(
+                name, config=config, output_loading_info=True, **loading
+            )
+        else:
+            _refuse_pvm_base(name, revision, arguments.method)
+            if arguments.method == "full" and arguments.dtype == "auto":
+                loading["dtype"] = "float32"
+            model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **loading)
+    except ValueError as error:  # how our config and model refuse a checkpoint, in a sentence
+        raise UserError(str(error)) from error
+    missing = sorted(key for key in info["missing_keys"] if ".pvm_block." not in key)
+    if missing:
+        raise UserError(
+            f"{name} lacks {len(missing)} of its backbone's weights, e.g. {missing[0]}: they would be random. Get the "
+            "complete checkpoint."
         )
-    else:
-        _refuse_pvm_base(name, revision, arguments.method)
-        if arguments.method == "full" and arguments.dtype == "auto":
-            loading["dtype"] = "float32"
-        model = AutoModelForImageTextToText.from_pretrained(name, **loading)
 
     model.requires_grad_(False)
     trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
 
 import train
@@ -318,6 +319,16 @@ def test_errors_name_data_set_and_row(processor, conversations):
         (conversations.parent / "moved.png").rename(conversations.parent / "0.png")
 
 
+def test_a_placeholder_in_the_text_is_an_error_with_its_row(processor, conversations, tmp_path):
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()][:2]
+    rows[1]["messages"][0]["content"] = "What is <|image_pad|>?"
+    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = ConversationDataset(load_conversations(str(tmp_path / "data.jsonl"), "train"), processor, "data")
+    with pytest.raises(UserError, match="data, row 1: "):
+        dataset[1]
+
+
 def test_data_sets_of_another_form_are_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(UserError, match="columns question, answer, but no `images`"):
@@ -326,6 +337,11 @@ def test_data_sets_of_another_form_are_refused(tmp_path):
         load_conversations(str(tmp_path / "other.jsonl"), "test")
     with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
         load_conversations("no/such", "train")
+    with pytest.raises(UserError, match="missing.jsonl: no such file"):
+        load_conversations(str(tmp_path / "missing.jsonl"), "train")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="empty.jsonl is empty"):
+        load_conversations(str(tmp_path / "empty.jsonl"), "train")
     (tmp_path / "other.txt").write_text("a")
     with pytest.raises(UserError, match=r"must end in one of \.json"):
         load_conversations(str(tmp_path / "other.txt"), "train")
@@ -381,6 +397,16 @@ def test_contradictions_are_refused(base, pvm_run):
         load_model(ModelArguments(str(pvm_run), pvm_layers=[1]))
     with pytest.raises(UserError, match="starts from a stock"):
         load_model(ModelArguments(str(pvm_run), method="lora"))
+
+
+def test_an_incomplete_backbone_is_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "part")
+    weights = load_file(base / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.2.mlp." not in name}
+    save_file(kept, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    for method in ("pvm", "lora", "full"):
+        with pytest.raises(UserError, match="lacks 3 of its backbone's weights"):
+            load_model(ModelArguments(str(tmp_path / "part"), method=method))
 
 
 def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):

@@ -1,6 +1,6 @@
-"""Builds the untrained tiny backbone: a real Qwen3-VL of about 1M parameters with a real processor.
+"""Builds the untrained tiny backbone: a real Qwen3-VL of 1.3M parameters with a real processor.
 
-    python -m pvm.digits.backbone --output_dir outputs/digits-untrained
+    python -m pvm.digits.backbone --output_dir runs/digits_untrained
 
 train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
 """
