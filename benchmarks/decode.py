@@ -59,13 +59,13 @@ def step(model: torch.nn.Module, cache: DynamicCache) -> float:
 def main() -> None:
     torch.manual_seed(0)
     stock = Qwen3VLTextModel(Qwen3VLTextConfig(**SHAPE)).eval()
-    pvm = Qwen3VLPVMTextModel(Qwen3VLPVMTextConfig(**SHAPE, pvm_hidden_size=256)).eval()
+    branched = Qwen3VLPVMTextModel(Qwen3VLPVMTextConfig(**SHAPE, pvm_hidden_size=256)).eval()
     table = Table(title=f"a decode step, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     for heading in ("visual tokens", "stock, ms", "PVM, ms", "ratio", "quartiles"):
         table.add_column(heading, justify="right")
     for visual_tokens in VISUAL_TOKENS:
-        caches = prefill(stock, visual_tokens), prefill(pvm, visual_tokens)
-        times = [(step(stock, caches[0]), step(pvm, caches[1])) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+        caches = prefill(stock, visual_tokens), prefill(branched, visual_tokens)
+        times = [(step(stock, caches[0]), step(branched, caches[1])) for _ in range(WARM_UP + STEPS)][WARM_UP:]
         ratios = [with_branches / without for without, with_branches in times]
         low, middle, high = statistics.quantiles(ratios, n=4)
         medians = [f"{statistics.median(column):.2f}" for column in zip(*times)]
