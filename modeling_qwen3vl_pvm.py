@@ -270,7 +270,7 @@ class Qwen3VLPVMCrossAttention(nn.Module):
 
 
 class Qwen3VLPVMBlock(nn.Module):
-    """The branch of one decoder layer (section 3 of the paper), parameter names as in the authors' implementation."""
+    """The branch of one decoder layer; its parameter names are those of the authors' implementation."""
 
     def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
         super().__init__()

@@ -69,6 +69,11 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
         "pvm_causal": arguments.pvm_causal,
     }
     pvm_fields = {key: value for key, value in pvm_fields.items() if value is not None}
+    if arguments.method == "full" and arguments.dtype not in ("auto", "float32"):
+        raise UserError(
+            f"--dtype {arguments.dtype} is for what stays frozen, and --method full trains everything, in float32. "
+            "Leave it out; for mixed precision give --bf16 true."
+        )
     if arguments.method != "pvm" and pvm_fields:
         raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
 
@@ -80,7 +85,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
             )
         else:
             _refuse_pvm_base(name, revision, arguments.method)
-            if arguments.method == "full" and arguments.dtype == "auto":
+            if arguments.method == "full":
                 loading["dtype"] = "float32"
             model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **loading)
     except ValueError as error:  # how our config and model refuse a checkpoint, in a sentence

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
+from .errors import UserError
 from .methods import pvm_blocks
 
 
@@ -16,7 +17,7 @@ MASTER_WEIGHTS = "pvm_float32.safetensors"
 
 @dataclass
 class PVMTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments; the defaults that differ are the paper's (section 4.1)."""
+    """transformers' TrainingArguments; the defaults that differ are the paper's."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -49,6 +50,8 @@ class PVMTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(model))
         weights = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         gates = [p for name, p in weights if name.endswith(".gate_alpha")]
+        if not gates:
+            raise UserError(f"--gate_learning_rate belongs to --method pvm, and the method is {self.method}.")
         rest = [(name, p) for name, p in weights if not name.endswith(".gate_alpha")]
         optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(

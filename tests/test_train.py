@@ -395,6 +395,8 @@ def test_contradictions_are_refused(base, pvm_run):
         load_model(ModelArguments(str(base), method="lora", pvm_hidden_size=32))
     with pytest.raises(UserError, match=r"pvm_layers = \[1, 2, 3\], which --pvm_layers \[1\] contradicts"):
         load_model(ModelArguments(str(pvm_run), pvm_layers=[1]))
+    with pytest.raises(UserError, match="--dtype bfloat16 is for what stays frozen"):
+        load_model(ModelArguments(str(base), method="full", dtype="bfloat16"))
     with pytest.raises(UserError, match="starts from a stock"):
         load_model(ModelArguments(str(pvm_run), method="lora"))
 
@@ -407,6 +409,11 @@ def test_an_incomplete_backbone_is_refused(base, tmp_path):
     for method in ("pvm", "lora", "full"):
         with pytest.raises(UserError, match="lacks 3 of its backbone's weights"):
             load_model(ModelArguments(str(tmp_path / "part"), method=method))
+
+
+def test_a_learning_rate_for_gates_needs_gates(base, conversations, tmp_path):
+    with pytest.raises(UserError, match="--gate_learning_rate belongs to --method pvm"):
+        run(base, conversations, tmp_path / "run", "--method", "lora", "--gate_learning_rate", "0.1")
 
 
 def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
