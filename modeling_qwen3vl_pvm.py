@@ -9,7 +9,8 @@ embeddings as they entered the decoder, so its softmax runs over the image only 
     h = a + SwiGLU(RMSNorm(a)),   a = CrossAttention(RMSNorm(W_text x); W_vision V)
 
 During generation the branch's keys and values are computed once, when the visual tokens arrive, and ride with the KV
-cache: each branch keeps them in the cache layer of its own decoder layer. No module holds any state.
+cache: each branch keeps them in the cache layer of its own decoder layer. So do the offsets that images cause in the
+rotary positions (M-RoPE) of the text after them, which the stock model keeps on a module. No module holds any state.
 """
 
 import copy
@@ -52,7 +53,7 @@ AUTO_MAP = {
 }
 
 # Position of a slot that holds no visual token, in rows that have fewer than their neighbours: after every query.
-NO_POSITION = torch.iinfo(torch.long).max
+NO_POSITION = torch.iinfo(torch.int32).max
 
 
 class VisualRouting(NamedTuple):
@@ -60,14 +61,17 @@ class VisualRouting(NamedTuple):
     Who reads what in one forward pass; made once by the text model and shared by all its branches. `visual` counts the
     tokens in memory, those of earlier passes included; indices count within this pass, positions within the sequence.
 
-    visual_positions (`torch.LongTensor` `[batch, visual]`): `NO_POSITION` where a row has no such token.
+    visual_positions (`torch.IntTensor` `[batch, visual]`): `NO_POSITION` where a row has no such token.
+    rope_deltas (`torch.IntTensor` `[batch, visual]`): how far the rotary position after the visual token is from the
+        number of tokens (padding not counted) up to it; at the last token of an image, that of the text after it.
     complete (`bool`): no slot of `visual_positions` is `NO_POSITION`.
     query_index (`torch.LongTensor` `[batch, query]` or `None`): the tokens that go through the branch; `None`: all.
     reads (`torch.BoolTensor` `[batch, query, 1]` or `None`): queries that see any visual token; `None`: all.
     mask (`torch.BoolTensor` `[batch, 1, query, visual]` or `None`): who sees whom; `None`: everything is visible.
     """
 
-    visual_positions: torch.LongTensor
+    visual_positions: torch.IntTensor
+    rope_deltas: torch.IntTensor
     complete: bool
     query_index: torch.LongTensor | None = None
     reads: torch.BoolTensor | None = None
@@ -80,18 +84,29 @@ class VisualMemory:
     What one branch remembers of the images and videos of a conversation.
 
     keys, values (`torch.Tensor` `[batch, key_value_heads, visual, head_dim]`): in the branch's dtype.
-    positions (`torch.LongTensor` `[batch, visual]`), complete (`bool`): as in [`VisualRouting`].
+    positions, rope_deltas (`torch.IntTensor` `[batch, visual]`), complete (`bool`): as in [`VisualRouting`]; the same
+        tensors in all branches.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    positions: torch.LongTensor
+    positions: torch.IntTensor
+    rope_deltas: torch.IntTensor
     complete: bool
+
+    @property
+    def rope_delta(self) -> torch.LongTensor:
+        """`[batch, 1]`: rotary position minus number of tokens for the text that follows; 0 in rows without images."""
+        present = self.positions != NO_POSITION
+        last = self.positions.masked_fill(~present, -1).argmax(dim=1, keepdim=True)
+        return self.rope_deltas.gather(1, last).masked_fill(~present.any(dim=1, keepdim=True), 0).long()
 
     def select(self, rows: torch.LongTensor) -> "VisualMemory":
         """The memory of the given batch rows, in that order."""
         rows = rows.to(self.keys.device)
-        return VisualMemory(self.keys[rows], self.values[rows], self.positions[rows], self.complete)
+        return VisualMemory(
+            self.keys[rows], self.values[rows], self.positions[rows], self.rope_deltas[rows], self.complete
+        )
 
     def crop(self, length: int) -> "VisualMemory | None":
         """The memory of the first `length` positions of the sequence, `None` if no row has any there."""
@@ -101,11 +116,13 @@ class VisualMemory:
             return None
         positions = positions[:, kept]
         complete = bool((positions != NO_POSITION).all())
-        return VisualMemory(self.keys[:, :, kept], self.values[:, :, kept], positions, complete)
+        return VisualMemory(
+            self.keys[:, :, kept], self.values[:, :, kept], positions, self.rope_deltas[:, kept], complete
+        )
 
     def to(self, device: torch.device | str) -> "VisualMemory":
         keys, values = (states.to(device, non_blocking=True) for states in (self.keys, self.values))
-        return VisualMemory(keys, values, self.positions.to(device), self.complete)
+        return VisualMemory(keys, values, self.positions.to(device), self.rope_deltas.to(device), self.complete)
 
 
 class VisualMemoryLayerMixin:
@@ -238,7 +255,7 @@ class Qwen3VLPVMCrossAttention(nn.Module):
                 key = torch.cat([memory.keys.to(key.device), key], dim=2)
                 value = torch.cat([memory.values.to(value.device), value], dim=2)
             if past_key_values is not None:
-                memory = VisualMemory(key, value, routing.visual_positions, routing.complete)
+                memory = VisualMemory(key, value, routing.visual_positions, routing.rope_deltas, routing.complete)
                 write_visual_memory(past_key_values, self.layer_idx, memory)
         else:
             key, value = memory.keys.to(query.device), memory.values.to(query.device)
@@ -454,6 +471,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         self,
         input_ids: torch.LongTensor | None = None,
         *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         visual_pos_masks: torch.Tensor | None = None,
@@ -485,11 +504,19 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if visual_pos_masks is not None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            visual_index, routing = self._route(visual_pos_masks, memory, past_length, pack_queries=not record)
+            counts = _count_tokens(attention_mask, past_length, inputs_embeds)
+            if position_ids is None or position_ids.ndim == 2:
+                rope_deltas = torch.zeros_like(counts)
+            else:  # 3 axes, or 4 of which the first is the count
+                counts = position_ids[0] if len(position_ids) == 4 else counts
+                rope_deltas = (position_ids[-3:].amax(dim=0) - counts).expand_as(visual_pos_masks)
+            visual_index, routing = self._route(
+                visual_pos_masks, rope_deltas, memory, past_length, pack_queries=not record
+            )
             visual_embeds = inputs_embeds.gather(1, visual_index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
         elif memory is not None:
             # Everything in memory came before this pass, so there is nothing to compare: no sequence length is read.
-            routing = VisualRouting(memory.positions, memory.complete)
+            routing = VisualRouting(memory.positions, memory.rope_deltas, memory.complete)
             if not memory.complete:
                 present = memory.positions.to(inputs_embeds.device) != NO_POSITION
                 reads = present.any(dim=1)[:, None, None]
@@ -497,6 +524,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
 
         return super().forward(
             input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             visual_pos_masks=visual_pos_masks,
@@ -508,6 +537,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
     def _route(
         self,
         visual_mask: torch.BoolTensor,
+        rope_deltas: torch.LongTensor,
         memory: VisualMemory | None,
         past_length: int | torch.LongTensor,
         pack_queries: bool,
@@ -515,6 +545,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         Args:
             visual_mask (`torch.BoolTensor` `[batch, sequence]`): the visual tokens of this pass.
+            rope_deltas (`torch.LongTensor` `[batch, sequence]`): rotary position minus number of tokens.
             memory (`VisualMemory`, *optional*): those of earlier passes.
             past_length (`int` or 0-dim `torch.LongTensor`): length of the sequence before this pass.
             pack_queries (`bool`): send only text tokens that see something through the branch, not every token.
@@ -525,9 +556,11 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         positions = torch.arange(visual_mask.shape[1], device=visual_mask.device) + past_length
         visual_index, present = _pack(visual_mask)
-        visual_positions = positions[visual_index].masked_fill(~present, NO_POSITION)
+        visual_positions = positions[visual_index].masked_fill(~present, NO_POSITION).int()
+        rope_deltas = rope_deltas.gather(1, visual_index).int()
         if memory is not None:
             visual_positions = torch.cat([memory.positions.to(visual_positions.device), visual_positions], dim=1)
+            rope_deltas = torch.cat([memory.rope_deltas.to(rope_deltas.device), rope_deltas], dim=1)
 
         first, last = visual_positions.aminmax(dim=1, keepdim=True)
         if self.config.pvm_causal:
@@ -552,7 +585,21 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             # A query that sees nothing is zeroed after the attention, whose softmax must not run over an empty row.
             mask = (mask | ~reads[..., None])[:, None]
         complete = bool((last != NO_POSITION).all())
-        return visual_index, VisualRouting(visual_positions, complete, query_index, reads[..., None], mask)
+        routing = VisualRouting(visual_positions, rope_deltas, complete, query_index, reads[..., None], mask)
+        return visual_index, routing
+
+
+def _count_tokens(
+    attention_mask: torch.Tensor | None, past_length: int | torch.LongTensor, tokens: torch.Tensor
+) -> torch.LongTensor:
+    """
+    How many tokens of its row precede each of the `tokens` (`[batch, sequence, ...]`) of this pass: `[batch or 1,
+    sequence]`. Padding is not counted where the mask (`[batch, past + sequence]`) tells; one of another form does not.
+    """
+    length = tokens.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)
+    return (torch.arange(length, device=tokens.device) + past_length)[None]
 
 
 def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
@@ -576,7 +623,7 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         super(Qwen3VLModel, self).__init__(config)  # not Qwen3VLModel's own, which builds the stock decoder
         self.visual = Qwen3VLVisionModel._from_config(config.vision_config)
         self.language_model = Qwen3VLPVMTextModel._from_config(config.text_config)
-        self.rope_deltas = None
+        self.rope_deltas = None  # what transformers reads off the stock model; here they are in the cache
         self.post_init()
 
     @functools.wraps(Qwen3VLModel.forward)  # the Trainer reads the signature
@@ -602,6 +649,73 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
                 "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
             )
         return super().forward(*args, **kwargs)
+
+    def compute_3d_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+    ) -> torch.LongTensor | None:
+        """
+        Rotary positions `[3, batch, sequence]` of a pass for which none were given, `None` where tokens are merely
+        counted. The stock model continues a cache by what its module remembers of the last image that any conversation
+        brought; here that comes from the cache itself, and a pass that continues one may bring images of its own.
+
+        Args:
+            input_ids, inputs_embeds (`[batch, sequence, ...]`): of this pass, one of them; only the shape is read.
+            mm_token_type_ids (`torch.IntTensor` `[batch, sequence]`, *optional*): 1 for image, 2 for video tokens.
+            image_grid_thw, video_grid_thw (`torch.LongTensor` `[images, 3]`): of the images and videos of this pass.
+            attention_mask (`torch.Tensor` `[batch, past + sequence]`, *optional*): of all of the sequence.
+
+        Raises:
+            ValueError: if positions cannot be known, or the grids are not those of the images of this pass.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, length = tokens.shape[:2]
+        grids = {1: image_grid_thw, 2: video_grid_thw}
+        has_grids = any(grid is not None for grid in grids.values())
+        if has_grids and mm_token_type_ids is None:
+            raise ValueError(
+                "Images or videos came without `mm_token_type_ids`, so the places of their tokens are not known. Pass "
+                "it (the processor returns it beside `input_ids`), or pass `position_ids`."
+            )
+        types = mm_token_type_ids[:, -length:] if has_grids else None
+        has_visual = has_grids and bool(types.any())
+
+        memory = read_visual_memory(past_key_values, self.config.text_config.pvm_layers[0])
+        tells_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if memory is None and not has_visual and (past_key_values is None or not tells_padding):
+            return None
+        if attention_mask is not None and not tells_padding:
+            raise ValueError(
+                "An `attention_mask` that is not of the form [batch, sequence] does not tell padding from tokens, so "
+                "rotary positions cannot be counted. Pass `position_ids`."
+            )
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        rope_delta = 0 if memory is None else memory.rope_delta.to(tokens.device)
+        if not has_visual:
+            return (_count_tokens(attention_mask, past_length, tokens) + rope_delta).expand(3, batch_size, -1)
+
+        for kind, grid in grids.items():
+            found = int((types == kind).sum())
+            expected = 0 if grid is None else int(grid.prod(-1).sum()) // self.visual.spatial_merge_size**2
+            if found != expected:
+                name = {1: "image", 2: "video"}[kind]
+                raise ValueError(
+                    f"`{name}_grid_thw` describes {expected} {name} tokens, but this pass has {found}. When a cache "
+                    "is continued, pass pixels and grids of the new images and videos only, and as many placeholder "
+                    "tokens as they have; those in the cache are remembered."
+                )
+        mask = None if attention_mask is None else attention_mask[:, -length:]
+        if mask is not None:  # a row that is all padding has no positions, but the stock method wants some
+            mask = mask.bool() | ~mask.bool().any(dim=1, keepdim=True)
+        position_ids, _ = self.get_rope_index(types.long(), types, image_grid_thw, video_grid_thw, mask)
+        past_tokens = past_length if mask is None else attention_mask[:, :-length].sum(dim=1, keepdim=True)
+        return position_ids + past_tokens + rope_delta
 
 
 class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin):
@@ -634,6 +748,42 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
                 "`model.model(..., output_pvm_attentions=True).pvm_attentions` (needs transformers newer than 5.16)."
             )
         return super().forward(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """
+        What `generate()` calls for the whole prompt: `[4, batch, past + new]`, the counted positions and the rotary
+        ones. As the stock model's, but those of a continued cache come from that cache.
+        """
+        counts = super(Qwen3VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
+            inputs_tensor, model_kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        new_length = counts.shape[1] - past_length
+        if new_length < 1:
+            raise ValueError(
+                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To continue "
+                "a cache, pass all tokens, or the new ones with the `attention_mask` of all."
+            )
+        types = model_kwargs.get("mm_token_type_ids")
+        if (
+            types is not None
+        ):  # one column for each of `inputs_tensor`; fewer if that has grown, as in assisted decoding
+            types = types[:, inputs_tensor.shape[1] - new_length :]
+            types = nn.functional.pad(types, (0, new_length - types.shape[1]))
+        new_positions = self.model.compute_3d_position_ids(
+            input_ids=inputs_tensor[:, -new_length:],
+            inputs_embeds=None,
+            image_grid_thw=model_kwargs.get("image_grid_thw"),
+            video_grid_thw=model_kwargs.get("video_grid_thw"),
+            attention_mask=model_kwargs.get("attention_mask"),
+            past_key_values=cache,
+            mm_token_type_ids=types,
+        )
+        position_ids = counts.expand(4, inputs_tensor.shape[0], -1).clone()
+        if new_positions is not None:
+            position_ids[1:, :, past_length:] = new_positions
+        return position_ids
 
 
 __all__ = [

@@ -23,16 +23,16 @@ from configuration_qwen3vl_pvm import Qwen3VLPVMTextConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMTextModel
 
 
-VISUAL_TOKENS = (256, 1024, 4096)
+VISUAL_TOKENS = (256, 1024, 4096, 16384)
 TEXT_TOKENS = 64  # of the prompt, after the image
 WARM_UP, STEPS = 5, 60
 SHAPE = {
-    "vocab_size": 2000,
+    "vocab_size": 32000,
     "hidden_size": 1024,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
     "head_dim": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20]},
 }

@@ -419,9 +419,9 @@ def test_decode_step_with_an_offloaded_memory(complete):
         for index in range(4):
             cache.update(torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 16), index)
         step = {"inputs_embeds": torch.zeros(2, 1, 32), "position_ids": torch.zeros(3, 2, 1).long()}
-    states, places = torch.zeros(2, 1, 4, 16), torch.zeros(2, 4).long()
+    states, places = torch.zeros(2, 1, 4, 16), torch.zeros(2, 4).int()
     for index in (1, 2):
-        write_visual_memory(cache, index, VisualMemory(states, states, places, complete))
+        write_visual_memory(cache, index, VisualMemory(states, states, places, places, complete))
     with torch.no_grad():
         output = model.model.language_model(**step, past_key_values=cache, use_cache=True)
     assert output.last_hidden_state.device.type == "meta"
