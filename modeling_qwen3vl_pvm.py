@@ -762,8 +762,8 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
         new_length = counts.shape[1] - past_length
         if new_length < 1:
             raise ValueError(
-                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To continue "
-                "a cache, pass all tokens, or the new ones with the `attention_mask` of all."
+                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To "
+                "continue a cache, pass all tokens, or the new ones with the `attention_mask` of all."
             )
         types = model_kwargs.get("mm_token_type_ids")
         if (
