@@ -1,11 +1,10 @@
-"""Generation and caches: the visual memory follows whatever is done to the KV cache it rides with."""
+"""The visual memory follows whatever is done to the KV cache it rides with."""
 
 import copy
-import inspect
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3VLForConditionalGeneration, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 import tiny
@@ -14,8 +13,6 @@ from tiny import BATCHES, branches, image, text, video
 
 
 NEW_TOKENS = 10
-# Before encoder outputs were handed through generate(), a chunk had to hold all of the images.
-OLD_CHUNKS = "mm_encoder_outputs" not in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
 
 
 def generate(model, batch, **kwargs):
@@ -31,8 +28,7 @@ def generate(model, batch, **kwargs):
 
 
 def positions(model, batch) -> torch.LongTensor:
-    """M-RoPE positions `[3, batch, sequence]`: passed to every forward here, since the stock model keeps a part of
-    them on the module, where another conversation overwrites it."""
+    """M-RoPE positions `[3, batch, sequence]` of whole rows, by the stock method."""
     named = {name: value for name, value in batch.items() if not name.startswith("pixel")}
     return model.model.get_rope_index(**named)[0]
 
@@ -40,10 +36,11 @@ def positions(model, batch) -> torch.LongTensor:
 class Conversation:
     """
     A batch forwarded turn by turn on one cache. Each of `turns` holds the parts of every row; a turn is padded on the
-    left, so a row may have padding in its middle, as in batched chat.
+    left, so a row may have padding in its middle, as in batched chat. Positions are passed if `explicit`; else the
+    model makes them from what the cache remembers.
     """
 
-    def __init__(self, model, *turns: list[list], cache=None):
+    def __init__(self, model, *turns: list[list], cache=None, explicit: bool = False):
         self.model, self.turns = model, turns
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self.whole = {}
@@ -54,6 +51,7 @@ class Conversation:
         for name, value in tiny.inputs(by_row).items():
             self.whole.setdefault(name, value)
         self.position_ids = positions(model, self.whole)
+        self.explicit = explicit
         self.done = self.length = 0
 
     def next_turn(self, rows: list[int] | None = None) -> torch.Tensor:
@@ -65,7 +63,7 @@ class Conversation:
         return tiny.logits(
             self.model,
             {**turn, "attention_mask": self.whole["attention_mask"][rows, :end]},
-            position_ids=self.position_ids[:, rows, start:end],
+            position_ids=self.position_ids[:, rows, start:end] if self.explicit else None,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -94,70 +92,12 @@ def test_with_and_without_cache(rows, causal):
     assert (tokens.tolist() == generate(model, batch).tolist()) == (rows == "text only"), "the branch decides"
 
 
-@pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize(
-    "mode",
-    [
-        {"cache_implementation": "static"},
-        {"num_beams": 3},
-        {"num_beams": 3, "cache_implementation": "static"},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"do_sample": True, "num_return_sequences": 3},
-    ],
-    ids=lambda mode: ", ".join(f"{name} {value}" for name, value in mode.items()),
-)
-def test_modes_of_generation(model, mode, rows):
-    batch = tiny.inputs(*BATCHES[rows])
-    without_cache = {name: value for name, value in mode.items() if name != "cache_implementation"}
-    torch.manual_seed(0)
-    tokens = generate(model, batch, **mode)
-    torch.manual_seed(0)
-    assert tokens.tolist() == generate(model, batch, **without_cache, use_cache=False).tolist()
-
-
-def test_prompt_lookup(model, monkeypatch):
-    """Candidates that are refused are cropped from the cache."""
-    cropped = []
-    crop = VisualMemoryLayerMixin.crop
-    monkeypatch.setattr(VisualMemoryLayerMixin, "crop", lambda self, *args: (cropped.append(args), crop(self, *args)))
-    # The prompt's end was seen before, after the images: a candidate that holds an image is the stock model's problem.
-    batch = tiny.inputs([image(), text(3, 1), image(seed=1), text(12), text(8)])
-    tokens = generate(model, batch, max_new_tokens=20)
-    assert tokens.tolist() == generate(model, batch, max_new_tokens=20, prompt_lookup_num_tokens=4).tolist()
-    assert any(args[0] < 0 for args in cropped), "nothing was cropped: no test"
-
-
-def test_assisted_by_a_copy(model):
-    batch = tiny.inputs(*BATCHES["one image"])
-    tokens = generate(model, batch)
-    assert tokens.tolist() == generate(model, batch, assistant_model=copy.deepcopy(model)).tolist()
-
-
-@pytest.mark.skipif(OLD_CHUNKS, reason="the stock model of this version of transformers cannot either")
-@pytest.mark.parametrize("size", [3, 5, 8])
-def test_prefill_in_chunks(model, size):
-    batch = tiny.inputs([text(4), image(), text(4, 1), image(4, 8, 1), text(5, 2)])
-    assert generate(model, batch).tolist() == generate(model, batch, prefill_chunk_size=size).tolist()
-
-
 def test_embeddings_with_the_image_merged_in_are_refused(model):
     batch = tiny.inputs(*BATCHES["one image"])
     embeds = model.get_input_embeddings()(batch["input_ids"])
     hints = {name: batch[name] for name in ("attention_mask", "mm_token_type_ids", "image_grid_thw")}
     with pytest.raises(ValueError, match="Pass `pixel_values`"):
         model.generate(inputs_embeds=embeds, **hints, max_new_tokens=2)
-
-
-@pytest.mark.parametrize("rows", ["one image", "several images"])
-def test_input_embeddings(model, rows):
-    """The first token only: stock generate() loses M-RoPE with embeddings, so later positions differ."""
-    batch = tiny.inputs(*BATCHES[rows])
-    expected = generate(model, batch)
-    position_ids = positions(model, batch)
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    prefill = tiny.logits(model, batch, position_ids=position_ids)
-    prefill[..., [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN]] = -torch.inf
-    assert prefill[:, -1].argmax(-1).tolist() == expected[:, 0].tolist()
 
 
 def test_keys_and_values_are_computed_once(model):
@@ -208,10 +148,11 @@ def new_cache(model, kind: str):
     return StaticCache(config=model.config, max_cache_len=80)
 
 
+@pytest.mark.parametrize("explicit", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("turns", TURNS)
-def test_turns_on_one_cache(model, turns, kind):
-    conversation = Conversation(model, *TURNS[turns], cache=new_cache(model, kind))
+def test_turns_on_one_cache(model, turns, kind, explicit):
+    conversation = Conversation(model, *TURNS[turns], cache=new_cache(model, kind), explicit=explicit)
     step_by_step = torch.cat([conversation.next_turn() for _ in conversation.turns], dim=1)
     assert_same_logits(step_by_step, conversation.at_once(), conversation.whole["attention_mask"])
 
@@ -274,7 +215,7 @@ def test_nothing_is_kept_on_modules(model):
 
     before, state = attributes(), copy.deepcopy(model.state_dict())
     generate(model, tiny.inputs(*BATCHES["mixed rows"]))
-    assert attributes() - before <= {("model", "rope_deltas")}  # the stock model's own
+    assert attributes() == before
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
 
 
@@ -481,3 +422,25 @@ def test_compiled_decode_step(model, rows, backend):
                 outputs += [decode(step, forward, cache) for step in range(1, 6)]
             results.append(torch.cat(outputs, dim=1))
     assert_same_logits(results[1], results[0])
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["positions", "no positions"])
+def test_images_of_any_size_need_two_compilations(model, explicit):
+    """The first size is compiled for itself, the second for all; text alone would be a third."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for number, (height, width) in enumerate([(4, 4), (4, 8), (8, 8), (4, 12), (4, 4), (12, 12)]):
+            row = [text(3), image(height, width), text(4, 1)]
+            cache = StaticCache(config=model.config, max_cache_len=60)
+            batch = tiny.inputs(row)
+            tiny.logits(model, batch, past_key_values=cache, use_cache=True)
+            next_position = positions(model, batch).amax() + 1
+            outputs = []
+            with torch.compiler.set_stance("fail_on_recompile" if number >= 2 else "default"):
+                for step, token in enumerate(text(3, 5)):
+                    place = {"position_ids": (next_position + step).expand(3, 1, 1)} if explicit else {}
+                    token = torch.tensor([[token]])
+                    outputs.append(compiled(input_ids=token, past_key_values=cache, use_cache=True, **place).logits)
+            expected = tiny.logits(model, tiny.inputs([*row, text(3, 5)]))[:, -3:]
+            assert_same_logits(torch.cat(outputs, dim=1), expected)
