@@ -1,76 +1,75 @@
 """
-What a decode step costs with branches, as a ratio to the stock decoder of the same shape in the same run.
+What a decode step costs with branches, as a ratio to the stock model of the same shape in the same run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode
+    python -m benchmarks.decode --shape 8B --device cuda --dtype bfloat16
 
-The shape is one that a CPU runs in milliseconds: 12 layers, hidden size 1,024, 3 branches of width 256 (2.1 % more
-parameters), float32, batch 1. Steps of the two models are interleaved; printed are medians, and the quartiles of the
-ratios of neighbouring steps.
+A step is the forward pass of one token through decoder and language modelling head, on a cache that holds an image of so
+many visual tokens and a prompt of 64 tokens (random states: prefilling 16,384 tokens takes a CPU minutes). Steps of the
+two models are interleaved; printed are medians, and the quartiles of the ratios of neighbouring steps.
 """
 
-import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
-
-import statistics
-import time
-
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import DynamicCache, Qwen3VLTextConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+from tqdm import tqdm
+from transformers import Cache, DynamicCache
 
-from configuration_qwen3vl_pvm import Qwen3VLPVMTextConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMTextModel
+from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table, row_of_ratios
+from modeling_qwen3vl_pvm import VisualMemory, write_visual_memory
 
 
-VISUAL_TOKENS = (256, 1024, 4096, 16384)
-TEXT_TOKENS = 64  # of the prompt, after the image
-WARM_UP, STEPS = 5, 60
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [24, 20, 20]},
-}
+PROMPT_TOKENS = 64  # after the image
+WARM_UP = 3
 
 
-@torch.no_grad()
-def prefill(model: torch.nn.Module, visual_tokens: int) -> DynamicCache:
-    """A cache that holds an image of so many tokens and the prompt."""
-    cache = DynamicCache(config=model.config)
-    embeds = torch.randn(1, visual_tokens + TEXT_TOKENS, SHAPE["hidden_size"])
-    visual = (torch.arange(embeds.shape[1]) < visual_tokens)[None]
-    model(inputs_embeds=embeds, visual_pos_masks=visual, past_key_values=cache)
+def filled_cache(states: torch.Tensor, layers: int) -> Cache:
+    """A cache all of whose layers hold `states` (`[batch, key_value_heads, sequence, head_dim]`), without copying."""
+    cache = DynamicCache(ddp_cache_data=[(states[:, :, :0], states[:, :, :0])] * layers)
+    for layer in cache.layers:
+        layer.keys = layer.values = states
     return cache
 
 
 @torch.no_grad()
-def step(model: torch.nn.Module, cache: DynamicCache) -> float:
-    """Milliseconds of one decode step."""
-    start = time.perf_counter()
-    model(input_ids=torch.tensor([[9]]), past_key_values=cache)
-    return 1000 * (time.perf_counter() - start)
+def measure(stock, branched, batch_size: int, visual_tokens: int, steps: int, device: str) -> list[tuple[float, float]]:
+    """Milliseconds of `steps` neighbouring decode steps, stock and with branches."""
+    config = branched.config.text_config
+    options = {"device": device, "dtype": branched.dtype}
+    length = visual_tokens + PROMPT_TOKENS
+    states = torch.randn(batch_size, config.num_key_value_heads, length, config.head_dim, **options)
+    memory_states = torch.randn(batch_size, config.pvm_num_key_value_heads, visual_tokens, config.head_dim, **options)
+    positions = torch.arange(visual_tokens, dtype=torch.int32, device=device).expand(batch_size, -1)
+    memory = VisualMemory(memory_states, memory_states.clone(), positions, torch.zeros_like(positions), complete=True)
+    step = {
+        "input_ids": torch.full((batch_size, 1), 9, device=device),
+        "position_ids": torch.full((3, batch_size, 1), length, device=device),
+    }
+
+    def run(model) -> float:
+        cache = filled_cache(states, config.num_hidden_layers)
+        if model is branched:
+            for block in branches(model):
+                write_visual_memory(cache, block.cross_attn.layer_idx, memory)
+        return milliseconds(lambda: model(**step, past_key_values=cache), device)
+
+    return [(run(stock), run(branched)) for _ in range(WARM_UP + steps)][WARM_UP:]
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    stock = Qwen3VLTextModel(Qwen3VLTextConfig(**SHAPE)).eval()
-    branched = Qwen3VLPVMTextModel(Qwen3VLPVMTextConfig(**SHAPE, pvm_hidden_size=256)).eval()
-    table = Table(title=f"a decode step, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    for heading in ("visual tokens", "stock, ms", "PVM, ms", "ratio", "quartiles"):
-        table.add_column(heading, justify="right")
-    for visual_tokens in VISUAL_TOKENS:
-        caches = prefill(stock, visual_tokens), prefill(branched, visual_tokens)
-        times = [(step(stock, caches[0]), step(branched, caches[1])) for _ in range(WARM_UP + STEPS)][WARM_UP:]
-        ratios = [with_branches / without for without, with_branches in times]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        medians = [f"{statistics.median(column):.2f}" for column in zip(*times)]
-        table.add_row(f"{visual_tokens:,}", *medians, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
-    Console().print(table)
+    command_line = parser(__doc__)
+    command_line.add_argument("--visual_tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    command_line.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    command_line.add_argument("--steps", type=int, default=60, help="of each model, for each row; fewer for long ones")
+    args = command_line.parse_args()
+    stock, branched = build(args)
+    print_environment(args, branched)
+    rows = []
+    cases = [(batch, visual) for batch in args.batch_sizes for visual in args.visual_tokens]
+    for batch_size, visual_tokens in tqdm(cases, unit="row"):
+        steps = max(args.steps * 4096 // max(batch_size * visual_tokens, 4096), 10)
+        pairs = measure(stock, branched, batch_size, visual_tokens, steps, args.device)
+        rows.append(row_of_ratios([str(batch_size), f"{visual_tokens:,}", str(steps)], pairs))
+    headings = ["batch", "visual tokens", "steps", "stock, ms", "PVM, ms", "ratio", "quartiles"]
+    print_table("A decode step", headings, rows)
 
 
 if __name__ == "__main__":

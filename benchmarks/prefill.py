@@ -1,0 +1,82 @@
+"""
+What reading the prompt costs with branches, as a ratio to the stock model of the same shape in the same run.
+
+    python -m benchmarks.prefill
+    python -m benchmarks.prefill --shape 8B --device cuda --dtype bfloat16
+
+Prefill is the decoder's forward pass over an image of so many visual tokens and 64 tokens of text, into an empty cache.
+Time to first token is `generate()` of one token, vision tower included; the tower is a small one, so that the decoder's
+share is large. Runs of the two models are interleaved; printed are medians, and the quartiles of the ratios of
+neighbouring runs.
+"""
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table, row_of_ratios
+
+
+TEXT_TOKENS = 64
+WARM_UP = 1
+
+
+@torch.no_grad()
+def prefill(model: torch.nn.Module, visual_tokens: int) -> None:
+    length, device = visual_tokens + TEXT_TOKENS, model.device
+    decoder = model.model.language_model
+    decoder(
+        inputs_embeds=torch.randn(1, length, decoder.config.hidden_size, device=device, dtype=model.dtype),
+        position_ids=torch.arange(length, device=device).expand(3, 1, -1),
+        visual_pos_masks=(torch.arange(length, device=device) < visual_tokens)[None],
+        past_key_values=DynamicCache(config=decoder.config),
+    )
+
+
+@torch.no_grad()
+def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
+    vision, device = model.config.vision_config, model.device
+    patches = visual_tokens * vision.spatial_merge_size**2
+    patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    input_ids = torch.full((1, visual_tokens + TEXT_TOKENS), 9, device=device)
+    input_ids[:, :visual_tokens] = model.config.image_token_id
+    model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        mm_token_type_ids=(input_ids == model.config.image_token_id).int(),
+        pixel_values=torch.randn(patches, patch_size, device=device, dtype=model.dtype),
+        image_grid_thw=torch.tensor([[1, 2 * vision.spatial_merge_size, patches // vision.spatial_merge_size // 2]]).to(device),
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+def main() -> None:
+    command_line = parser(__doc__)
+    command_line.add_argument("--visual_tokens", type=int, nargs="+", default=[1024, 4096])
+    command_line.add_argument("--runs", type=int, default=8, help="of each model, for each row")
+    args = command_line.parse_args()
+    stock, branched = build(args)
+    print_environment(args, branched)
+
+    routings = []
+    hook = branches(branched)[0].register_forward_pre_hook(lambda module, inputs: routings.append(inputs[2]))
+    prefill(branched, 256)
+    hook.remove()
+    print(f"Queries of a branch: {routings[0].reads.shape[1]} of {256 + TEXT_TOKENS} tokens; mask: {routings[0].mask}\n")
+
+    rows = []
+    for name, function in (("prefill", prefill), ("time to first token", first_token)):
+        for visual_tokens in tqdm(args.visual_tokens, desc=name, unit="row"):
+            pairs = [
+                tuple(milliseconds(lambda: function(model, visual_tokens), args.device) for model in (stock, branched))
+                for _ in range(WARM_UP + args.runs)
+            ]
+            label = [name, f"{visual_tokens:,} + {TEXT_TOKENS}", str(args.runs)]
+            rows.append(row_of_ratios(label, pairs[WARM_UP:]))
+    print_table("The prompt", ["", "visual + text", "runs", "stock, ms", "PVM, ms", "ratio", "quartiles"], rows)
+
+
+if __name__ == "__main__":
+    main()
