@@ -139,6 +139,22 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def interleaved(run: Callable[[str], float], warm_up: int, times: int) -> list[tuple[float, float]]:
+    """
+    `times` neighbouring runs of both models, after `warm_up` that do not count. Who goes first alternates, because
+    what one leaves behind in caches and allocator is the other's gain or loss.
+
+    Args:
+        run: milliseconds of one run of the model "stock" or "branched".
+    """
+    pairs = []
+    for number in range(warm_up + times):
+        order = ("stock", "branched") if number % 2 else ("branched", "stock")
+        taken = {name: run(name) for name in order}
+        pairs.append((taken["stock"], taken["branched"]))
+    return pairs[warm_up:]
+
+
 def row_of_ratios(label: Sequence[str], pairs: Sequence[tuple[float, float]]) -> list[str]:
     """A table row from the times of neighbouring runs (stock, with branches): medians, and quartiles of the ratio."""
     low, middle, high = statistics.quantiles([branched / stock for stock, branched in pairs], n=4)

@@ -1,24 +1,36 @@
 """
 What a decode step costs with branches, as a ratio to the stock model of the same shape in the same run.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.decode
+    OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python -m benchmarks.decode
     python -m benchmarks.decode --shape 8B --device cuda --dtype bfloat16
 
-A step is the forward pass of one token through decoder and language modelling head, on a cache that holds an image of so
-many visual tokens and a prompt of 64 tokens (random states: prefilling 16,384 tokens takes a CPU minutes). Steps of the
-two models are interleaved; printed are medians, and the quartiles of the ratios of neighbouring steps.
+A step is the forward pass of one token through decoder and language modelling head, on a cache that holds an image of
+so many visual tokens and a prompt of 64 tokens (random states: prefilling 16,384 tokens takes a CPU minutes). Steps of
+the two models are interleaved; printed are medians, and the quartiles of the ratios of neighbouring steps.
+
+transformers' dynamic cache allocates itself anew in every step. With the malloc variables, freed memory is kept;
+without them most of a long step is the kernel handing out pages, which scatters by more than a branch costs.
 """
 
 import torch
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
-from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table, row_of_ratios
+from benchmarks.common import (
+    branches,
+    build,
+    interleaved,
+    milliseconds,
+    parser,
+    print_environment,
+    print_table,
+    row_of_ratios,
+)
 from modeling_qwen3vl_pvm import VisualMemory, write_visual_memory
 
 
 PROMPT_TOKENS = 64  # after the image
-WARM_UP = 3
+WARM_UP = 4
 
 
 def filled_cache(states: torch.Tensor, layers: int) -> Cache:
@@ -30,7 +42,9 @@ def filled_cache(states: torch.Tensor, layers: int) -> Cache:
 
 
 @torch.no_grad()
-def measure(stock, branched, batch_size: int, visual_tokens: int, steps: int, device: str) -> list[tuple[float, float]]:
+def measure(
+    stock, branched, batch_size: int, visual_tokens: int, steps: int, device: str
+) -> list[tuple[float, float]]:
     """Milliseconds of `steps` neighbouring decode steps, stock and with branches."""
     config = branched.config.text_config
     options = {"device": device, "dtype": branched.dtype}
@@ -44,14 +58,15 @@ def measure(stock, branched, batch_size: int, visual_tokens: int, steps: int, de
         "position_ids": torch.full((3, batch_size, 1), length, device=device),
     }
 
-    def run(model) -> float:
+    def run(name: str) -> float:
         cache = filled_cache(states, config.num_hidden_layers)
-        if model is branched:
-            for block in branches(model):
-                write_visual_memory(cache, block.cross_attn.layer_idx, memory)
-        return milliseconds(lambda: model(**step, past_key_values=cache), device)
+        if name == "stock":
+            return milliseconds(lambda: stock(**step, past_key_values=cache), device)
+        for block in branches(branched):
+            write_visual_memory(cache, block.cross_attn.layer_idx, memory)
+        return milliseconds(lambda: branched(**step, past_key_values=cache), device)
 
-    return [(run(stock), run(branched)) for _ in range(WARM_UP + steps)][WARM_UP:]
+    return interleaved(run, WARM_UP, steps)
 
 
 def main() -> None:
@@ -65,7 +80,7 @@ def main() -> None:
     rows = []
     cases = [(batch, visual) for batch in args.batch_sizes for visual in args.visual_tokens]
     for batch_size, visual_tokens in tqdm(cases, unit="row"):
-        steps = max(args.steps * 4096 // max(batch_size * visual_tokens, 4096), 10)
+        steps = max(args.steps * 4096 // max(batch_size * visual_tokens, 4096), 12)
         pairs = measure(stock, branched, batch_size, visual_tokens, steps, args.device)
         rows.append(row_of_ratios([str(batch_size), f"{visual_tokens:,}", str(steps)], pairs))
     headings = ["batch", "visual tokens", "steps", "stock, ms", "PVM, ms", "ratio", "quartiles"]

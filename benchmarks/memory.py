@@ -57,7 +57,13 @@ def main() -> None:
         without, with_branches = (cache_bytes(model, visual_tokens) for model in (stock, branched))
         extra = with_branches - without
         rows.append(
-            [f"{visual_tokens:,}", f"{without:,}", f"{extra:,}", f"{extra / visual_tokens:g}", f"{extra / without:.2%}"]
+            [
+                f"{visual_tokens:,}",
+                f"{without:,}",
+                f"{extra:,}",
+                f"{extra / visual_tokens:g}",
+                f"{extra / without:.2%}",
+            ]
         )
     print_table("The cache", ["visual tokens", "stock, bytes", "PVM adds", "per visual token", "of the cache"], rows)
 

@@ -4,17 +4,28 @@ What reading the prompt costs with branches, as a ratio to the stock model of th
     python -m benchmarks.prefill
     python -m benchmarks.prefill --shape 8B --device cuda --dtype bfloat16
 
-Prefill is the decoder's forward pass over an image of so many visual tokens and 64 tokens of text, into an empty cache.
-Time to first token is `generate()` of one token, vision tower included; the tower is a small one, so that the decoder's
-share is large. Runs of the two models are interleaved; printed are medians, and the quartiles of the ratios of
-neighbouring runs.
+Prefill is the decoder's forward pass over an image of so many visual tokens and 64 tokens of text, into an empty
+cache. Time to first token is `generate()` of one token, vision tower included; the tower is a small one, so that the
+decoder's share is large. Runs of the two models are interleaved; printed are medians, and the quartiles of the ratios
+of neighbouring runs.
 """
+
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table, row_of_ratios
+from benchmarks.common import (
+    branches,
+    build,
+    interleaved,
+    milliseconds,
+    parser,
+    print_environment,
+    print_table,
+    row_of_ratios,
+)
 
 
 TEXT_TOKENS = 64
@@ -36,7 +47,7 @@ def prefill(model: torch.nn.Module, visual_tokens: int) -> None:
 @torch.no_grad()
 def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
     vision, device = model.config.vision_config, model.device
-    patches = visual_tokens * vision.spatial_merge_size**2
+    patches, rows = visual_tokens * vision.spatial_merge_size**2, 2 * vision.spatial_merge_size
     patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     input_ids = torch.full((1, visual_tokens + TEXT_TOKENS), 9, device=device)
     input_ids[:, :visual_tokens] = model.config.image_token_id
@@ -45,11 +56,22 @@ def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
         attention_mask=torch.ones_like(input_ids),
         mm_token_type_ids=(input_ids == model.config.image_token_id).int(),
         pixel_values=torch.randn(patches, patch_size, device=device, dtype=model.dtype),
-        image_grid_thw=torch.tensor([[1, 2 * vision.spatial_merge_size, patches // vision.spatial_merge_size // 2]]).to(device),
+        image_grid_thw=torch.tensor([[1, rows, patches // rows]], device=device),
         max_new_tokens=1,
         do_sample=False,
         pad_token_id=0,
     )
+
+
+def measure(
+    function: Callable[[torch.nn.Module, int], None], models: dict[str, torch.nn.Module], visual_tokens: int, runs: int
+) -> list[tuple[float, float]]:
+    """Milliseconds of `runs` neighbouring runs, stock and with branches."""
+
+    def run(name: str) -> float:
+        return milliseconds(lambda: function(models[name], visual_tokens), models[name].device.type)
+
+    return interleaved(run, WARM_UP, runs)
 
 
 def main() -> None:
@@ -64,17 +86,15 @@ def main() -> None:
     hook = branches(branched)[0].register_forward_pre_hook(lambda module, inputs: routings.append(inputs[2]))
     prefill(branched, 256)
     hook.remove()
-    print(f"Queries of a branch: {routings[0].reads.shape[1]} of {256 + TEXT_TOKENS} tokens; mask: {routings[0].mask}\n")
+    print(
+        f"Queries of a branch: {routings[0].reads.shape[1]} of {256 + TEXT_TOKENS} tokens; mask: {routings[0].mask}\n"
+    )
 
-    rows = []
+    models, rows = {"stock": stock, "branched": branched}, []
     for name, function in (("prefill", prefill), ("time to first token", first_token)):
         for visual_tokens in tqdm(args.visual_tokens, desc=name, unit="row"):
-            pairs = [
-                tuple(milliseconds(lambda: function(model, visual_tokens), args.device) for model in (stock, branched))
-                for _ in range(WARM_UP + args.runs)
-            ]
-            label = [name, f"{visual_tokens:,} + {TEXT_TOKENS}", str(args.runs)]
-            rows.append(row_of_ratios(label, pairs[WARM_UP:]))
+            pairs = measure(function, models, visual_tokens, args.runs)
+            rows.append(row_of_ratios([name, f"{visual_tokens:,} + {TEXT_TOKENS}", str(args.runs)], pairs))
     print_table("The prompt", ["", "visual + text", "runs", "stock, ms", "PVM, ms", "ratio", "quartiles"], rows)
 
 

@@ -1,8 +1,8 @@
 """
 Every mode of generate() against the plain path: batch 1, no cache, the whole sequence in one forward pass.
 
-A mode is exact when it writes the plain path's tokens and its logits are no further from the plain path's than those of
-the stock model are in the same mode, plus 1e-5.
+A mode is exact when it writes the plain path's tokens and its logits are no further from the plain path's than those
+of the stock model are in the same mode, plus 1e-5.
 """
 
 import copy

@@ -1,7 +1,9 @@
 """
-Properties that hold for every layout of text, images and videos: a forward pass of a prefix is the prefix of the forward
-pass, in however many pieces a cache is filled; and a row of a batch does not know of the others.
+Properties that hold for every layout of text, images and videos: a forward pass of a prefix is the prefix of the
+forward pass, in however many pieces a cache is filled; and a row of a batch does not know of the others.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -29,6 +31,11 @@ videos = st.builds(tiny.video, st.integers(1, 3), sides, sides, seeds)
 turns = st.builds(lambda first, rest: [first, *rest], texts, st.lists(st.one_of(texts, images, videos), max_size=4))
 
 
+def joined(turns) -> list:
+    """A row of all the parts."""
+    return list(itertools.chain.from_iterable(turns))
+
+
 def assert_same(actual: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
 
@@ -37,8 +44,8 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
 @given(row=st.lists(turns, min_size=2, max_size=4))
 def test_prefix(row):
     model = MODEL[True]
-    whole = tiny.logits(model, tiny.inputs(sum(row, [])))
-    prefix = tiny.logits(model, tiny.inputs(sum(row[:-1], [])))
+    whole = tiny.logits(model, tiny.inputs(joined(row)))
+    prefix = tiny.logits(model, tiny.inputs(joined(row[:-1])))
     assert_same(whole[:, : prefix.shape[1]], prefix)
 
 
@@ -60,7 +67,7 @@ def test_pieces_on_a_cache(rows):
         logits = tiny.logits(model, batch, past_key_values=cache, use_cache=True)
         outputs.append([row[row_real] for row, row_real in zip(logits, real, strict=True)])
     for index in range(len(rows[0])):
-        alone = tiny.logits(model, tiny.inputs(sum((turn[index] for turn in rows), [])))[0]
+        alone = tiny.logits(model, tiny.inputs(joined(turn[index] for turn in rows)))[0]
         assert_same(torch.cat([turn[index] for turn in outputs]), alone)
 
 

@@ -1,0 +1,45 @@
+"""What the documentation shows is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from tiny import set_gates
+
+
+ROOT = Path(__file__).parent.parent
+BACKBONE = ROOT / "assets" / "digits-backbone"
+
+
+def code(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_a_chat_on_one_cache():
+    processor = AutoProcessor.from_pretrained(BACKBONE)
+    config = Qwen3VLPVMConfig.from_pretrained(BACKBONE)
+    config.text_config.pvm_hidden_size = 32
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(BACKBONE, config=config).eval()
+    set_gates(model, 0.5)
+    images = [Image.effect_noise(size, 80).convert("RGB") for size in [(32, 32), (48, 32)]]
+    (chat,) = code("docs/generation.md")
+    names = {"model": model, "processor": processor, "first_image": images[0], "second_image": images[1]}
+    exec(chat, names)
+
+    tokens = names["tokens"]
+    text = processor.decode(tokens[0])
+    assert text.count("<|im_start|>") == 4 and text.endswith("<|im_end|>"), "two questions, two answers"
+    visual = tokens == config.image_token_id
+    inputs = processor.image_processor(images=images, return_tensors="pt")
+    assert int(visual.sum()) == int(inputs["image_grid_thw"].prod(-1).sum()) // 4
+    with torch.no_grad():
+        plain = model(input_ids=tokens, mm_token_type_ids=visual.int(), **inputs).logits
+    answer = text.rpartition("<|im_start|>assistant\n")[2]
+    length = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    assert plain[0, -length - 1 : -1].argmax(-1).tolist() == tokens[0, -length:].tolist()
