@@ -2,6 +2,7 @@
 # make test      run the tests
 # make seeds     the demo's comparison at further seeds (SEEDS="1 2"): about three times as long
 # make style     format the code;   make quality: check it
+# make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ seed_models = assets/digits-backbone $(foreach s,0 $(SEEDS),runs/digits_pvm$(if 
 	runs/digits_lora$(if $(filter-out 0,$(s)),_seed$(s)))
 seed_names = base $(foreach s,0 $(SEEDS),PVM-$(s) LoRA-$(s))
 
-.PHONY: demo seeds test style quality backbone
+.PHONY: demo seeds test style quality backbone benchmarks
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
@@ -49,6 +50,18 @@ quality: $(INSTALLED)
 backbone: $(INSTALLED) data/digits-backbone/test.parquet
 	$(RUN) -m pvm.digits.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
+
+MACHINE ?= this-machine
+RESULTS = benchmarks/results/$(MACHINE)
+
+# A step of one token is too small for a second thread; malloc's settings are explained in benchmarks/decode.py.
+benchmarks: $(INSTALLED)
+	@mkdir -p $(RESULTS)
+	export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000; \
+		$(RUN) -m benchmarks.decode | tee $(RESULTS)/decode.txt; \
+		$(RUN) -m benchmarks.decode_profile | tee $(RESULTS)/decode_profile.txt
+	$(RUN) -m benchmarks.memory | tee $(RESULTS)/memory.txt
+	$(RUN) -m benchmarks.prefill | tee $(RESULTS)/prefill.txt
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

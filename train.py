@@ -11,8 +11,9 @@ On a real model and your own conversations (columns `images` and `messages`; a f
     python train.py --model_name_or_path Qwen/Qwen3-VL-8B-Instruct --dataset_name my_data.jsonl --bf16 true \\
         --output_dir runs/qwen3-vl-8b-pvm
 
-Controls for a claim about PVM: the same line with `--method lora` or `--method full`. An interrupted run goes on with
-`--resume_from_checkpoint last`. All of transformers' TrainingArguments are accepted, too.
+Controls for a claim about PVM: the same line with `--method lora`, `mlp` (as many parameters, no image) or `full`. On
+several GPUs: `accelerate launch --config_file recipes/accelerate/ddp.yaml train.py ...`. An interrupted run goes on
+with `--resume_from_checkpoint last`. All of transformers' TrainingArguments are accepted, too.
 """
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
@@ -32,7 +33,7 @@ from pvm.checkpoints import load_processor
 from pvm.data import ConversationCollator, ConversationDataset, load_conversations
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, count_parameters, load_model
-from pvm.trainer import PVMTrainer, PVMTrainingArguments
+from pvm.trainer import STAGING, PVMTrainer, PVMTrainingArguments
 
 
 @dataclass
@@ -80,7 +81,7 @@ def find_checkpoint(arguments: PVMTrainingArguments) -> str | None:
         if not Path(resume).is_dir():
             raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
         return resume
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    if output_dir.is_dir() and any(path.name != STAGING for path in output_dir.iterdir()):
         raise UserError(
             f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
             + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
     )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=training_args.process_index > 0)
     checkpoint = find_checkpoint(training_args)
     set_seed(training_args.seed)
 
@@ -112,9 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
         processing_class=processor,
     )
+    frozen = trainer.frozen_hash()
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop_on_sigterm.stopped:
+        sys.exit(
+            f"train.py: stopped by SIGTERM after step {trainer.state.global_step} and saved it. Go on with the same "
+            "line and --resume_from_checkpoint last."
+        )
+    if trainer.frozen_hash() != frozen:
+        raise RuntimeError("Weights that were frozen changed during training. This is a bug; nothing was saved.")
     trainer.save_model()
     trainer.save_state()
+    console.print(f"\nEverything frozen is as it was: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")
     console.print(
         f"  python eval.py --model {name} {training_args.output_dir} --dataset_name YOUR_TEST_SET "

@@ -22,8 +22,16 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 
+from .controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from .errors import UserError
 from .methods import pvm_blocks
+
+
+MODEL_CLASS = {
+    "stock": AutoModelForImageTextToText,
+    "pvm": Qwen3VLPVMForConditionalGeneration,
+    "mlp": ParallelMLPForConditionalGeneration,
+}
 
 
 @dataclass
@@ -32,7 +40,7 @@ class Description:
     What a checkpoint is.
 
     path (`str`): folder or Hub name.
-    kind (`str`): "stock", "pvm" or "adapter".
+    kind (`str`): "stock", "pvm", "mlp" (the control whose branches read no image) or "adapter".
     model_class (`str`): the class that is evaluated.
     base (`str` or `None`): what an adapter was loaded onto.
     method, step: what trained it and for how long, where the checkpoint says so.
@@ -67,7 +75,7 @@ class Checkpoint:
 
 def checkpoint_kind(path: str) -> str:
     """
-    What kind of checkpoint a folder or Hub name is, from its config files alone: "stock", "pvm" or "adapter".
+    What kind of checkpoint a folder or Hub name is, from its config files alone: "stock", "pvm", "mlp" or "adapter".
 
     Raises:
         UserError: if it is none of these, or not to be found.
@@ -87,10 +95,12 @@ def checkpoint_kind(path: str) -> str:
     model_type, architectures = stored.get("model_type"), stored.get("architectures")
     if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
         return "pvm"
+    if model_type == ParallelMLPConfig.model_type:
+        return "mlp"
     if model_type != "qwen3_vl":
         raise UserError(
             f"{path} has the model type {model_type!r}. Supported are dense Qwen3-VL (`qwen3_vl`), PVM "
-            f"(`{Qwen3VLPVMConfig.model_type}`) and PEFT adapters of these."
+            f"(`{Qwen3VLPVMConfig.model_type}`), its control (`{ParallelMLPConfig.model_type}`) and PEFT adapters."
         )
     return "stock"
 
@@ -113,10 +123,11 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
     if kind == "adapter":
         return _load_adapter(path, dtype)
 
-    model_class = Qwen3VLPVMForConditionalGeneration if kind == "pvm" else AutoModelForImageTextToText
     device_map = "auto" if torch.cuda.is_available() else None
     try:
-        model, info = model_class.from_pretrained(path, dtype=dtype, device_map=device_map, output_loading_info=True)
+        model, info = MODEL_CLASS[kind].from_pretrained(
+            path, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
     except ValueError as error:  # how the PVM class refuses a checkpoint, in a sentence
         raise UserError(str(error)) from error
     if info["missing_keys"]:
@@ -130,14 +141,14 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
             f"{path} holds PVM weights, e.g. {stray[0]}, but its config.json does not say so, and the model would "
             "answer without them. Restore the config.json that was saved with it."
         )
-    if kind == "pvm" and not isinstance(model, Qwen3VLPVMForConditionalGeneration):
-        raise TypeError(f"{path} is a PVM checkpoint, but was loaded as {type(model).__name__}.")
+    if kind != "stock" and type(model) is not MODEL_CLASS[kind]:
+        raise TypeError(f"{path} is a checkpoint of kind {kind}, but was loaded as {type(model).__name__}.")
     if kind == "stock" and pvm_blocks(model):
         raise TypeError(f"{path} is a stock checkpoint, but was loaded with PVM branches.")
 
     processor = load_processor(path)
     _make_greedy(model, processor.tokenizer)
-    mark = (model.config.text_config.pvm_training if kind == "pvm" else None) or {}
+    mark = (model.config.text_config.pvm_training if kind != "stock" else None) or {}
     return Checkpoint(model.eval(), processor, _describe(model, path, kind, mark.get("method"), mark.get("step")))
 
 
@@ -146,6 +157,8 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
     base_path = config.base_model_name_or_path
     try:
         base = load_checkpoint(base_path, dtype)
+        if Path(path, "config.json").is_file():  # the adapter holds branches, and this says where they are
+            base.model = _with_new_branches(base_path, path, base.model)
     except (UserError, OSError) as error:
         raise UserError(f"{path} is an adapter for {base_path}, which cannot be loaded: {error}") from error
     try:
@@ -155,7 +168,9 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
             model = PeftModel.from_pretrained(base.model, path)
     except UserWarning as error:
         raise UserError(f"{path} lacks weights of its adapter. Get the complete checkpoint.") from error
-    description = _describe(model.base_model.model, path, "adapter", method=config.peft_type.value.lower())
+    method = config.peft_type.value.lower()
+    method = f"pvm+{method}" if pvm_blocks(model) else method
+    description = _describe(model.base_model.model, path, "adapter", method)
     description.base, description.parameters = base_path, model.num_parameters()
     if base.model.dtype == torch.float32:
         # Merged, it costs nothing at run time. In a smaller dtype merging would round the adapter's effect away.
@@ -164,6 +179,17 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
     has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
     processor = load_processor(path) if has_processor else base.processor
     return Checkpoint(model.eval(), processor, description)
+
+
+def _with_new_branches(base_path: str, path: str, base: PreTrainedModel) -> PreTrainedModel:
+    """The stock model with branches where the config in `path` has them, for an adapter to fill."""
+    config = Qwen3VLPVMConfig.from_pretrained(path)
+    config.text_config.pvm_training = None  # not those of the base
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(
+        base_path, config=config, dtype=base.dtype, device_map=base.device
+    )
+    model.generation_config = base.generation_config
+    return model
 
 
 def _make_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

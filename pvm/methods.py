@@ -10,10 +10,18 @@ from transformers.configuration_utils import PreTrainedConfig
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
 
+from .controls import ParallelMLPForConditionalGeneration
 from .errors import UserError
 
 
-METHODS = ("pvm", "lora", "full")
+METHODS = ("pvm", "lora", "pvm+lora", "mlp", "full")
+# What peft calls the module that it copied and now keeps unused beside the trained copy.
+PEFT_ORIGINAL = ".original_module"
+BRANCHED = {
+    "pvm": Qwen3VLPVMForConditionalGeneration,
+    "pvm+lora": Qwen3VLPVMForConditionalGeneration,
+    "mlp": ParallelMLPForConditionalGeneration,
+}
 # The linear layers of the decoder; not the vision tower's, whose layers are named otherwise.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 
@@ -26,8 +34,9 @@ class ModelArguments:
     method: str = field(
         default="pvm",
         metadata={
-            "help": "What trains: `pvm` the branches, `lora` adapters on the language model's linear layers, `full` "
-            "every parameter. The last two are controls.",
+            "help": "What trains: `pvm` the branches, `lora` adapters on the language model's linear layers, "
+            "`pvm+lora` both; and, as controls, `mlp` branches with as many parameters that read no image, `full` "
+            "every parameter.",
             "choices": METHODS,
         },
     )
@@ -50,8 +59,13 @@ class ModelArguments:
     pvm_causal: bool | None = field(
         default=None, metadata={"help": "Whether text reads only the images before it (default true)."}
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA control."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA control, over its rank."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters, over their rank."})
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the method puts branches into the decoder."""
+        return self.method in ("pvm", "pvm+lora", "mlp")
 
 
 def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
@@ -74,15 +88,14 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
             f"--dtype {arguments.dtype} is for what stays frozen, and --method full trains everything, in float32. "
             "Leave it out; for mixed precision give --bf16 true."
         )
-    if arguments.method != "pvm" and pvm_fields:
+    if not arguments.has_branches and pvm_fields:
         raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
 
     try:
-        if arguments.method == "pvm":
-            config = _pvm_config(name, revision, pvm_fields)
-            model, info = Qwen3VLPVMForConditionalGeneration.from_pretrained(
-                name, config=config, output_loading_info=True, **loading
-            )
+        if arguments.has_branches:
+            model_class = BRANCHED[arguments.method]
+            config = _branched_config(model_class.config_class, name, revision, pvm_fields)
+            model, info = model_class.from_pretrained(name, config=config, output_loading_info=True, **loading)
         else:
             _refuse_pvm_base(name, revision, arguments.method)
             if arguments.method == "full":
@@ -100,31 +113,41 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     model.requires_grad_(False)
     trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     assert not trainable, f"freezing left {trainable} trainable"
-    if arguments.method == "pvm":
-        for block in pvm_blocks(model).values():
-            block.requires_grad_(True).float()
-    elif arguments.method == "lora":
-        lora = LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_alpha, target_modules=LORA_TARGETS)
+    for block in pvm_blocks(model).values():
+        block.requires_grad_(True).float()
+    if arguments.method in ("lora", "pvm+lora"):
+        lora = LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=arguments.lora_alpha,
+            target_modules=LORA_TARGETS,
+            modules_to_save=["pvm_block"] if arguments.has_branches else None,
+        )
         model = get_peft_model(model, lora)  # its weights are float32 over a backbone of any dtype
-    else:
+    elif arguments.method == "full":
         model.requires_grad_(True)
     return model
 
 
 def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:
     """The branches of a model by decoder layer; empty for a stock one."""
-    return {module.cross_attn.layer_idx: module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)}
+    return {
+        module.cross_attn.layer_idx: module
+        for name, module in model.named_modules()
+        if isinstance(module, Qwen3VLPVMBlock) and PEFT_ORIGINAL not in name
+    }
 
 
-def _pvm_config(name: str, revision: str, pvm_fields: dict) -> Qwen3VLPVMConfig:
+def _branched_config(
+    config_class: type[Qwen3VLPVMConfig], name: str, revision: str, pvm_fields: dict
+) -> Qwen3VLPVMConfig:
     stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     if not stored:
         raise UserError(f"{name} has no config.json, so it is no checkpoint. Name a folder or Hub model that has one.")
-    config = Qwen3VLPVMConfig.from_pretrained(name, revision=revision)
+    config = config_class.from_pretrained(name, revision=revision)
     if "pvm_layers" not in stored.get("text_config", {}):
         # A stock checkpoint: its branches are made here, so the flags decide.
         text_config = {**config.text_config.to_dict(), "pvm_layers": None, **pvm_fields}
-        return Qwen3VLPVMConfig.from_dict({**config.to_dict(), "text_config": text_config})
+        return config_class.from_dict({**config.to_dict(), "text_config": text_config})
     for key, wanted in pvm_fields.items():
         present = config.text_config.to_dict()[key]
         if present != wanted:
@@ -154,11 +177,13 @@ class ParameterCount:
 
 
 def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
-    """Counts by part (vision tower, language model with its head, PVM branches, LoRA); the sum comes last."""
+    """Counts by part (vision tower, language model with its head, branches, LoRA); the sum comes last."""
     counts: dict[str, ParameterCount] = {}
     for name, parameter in model.named_parameters():
+        if PEFT_ORIGINAL in name:
+            continue
         if ".pvm_block." in name:
-            part = "PVM branches"
+            part = "branches"
         elif ".lora_" in name:
             part = "LoRA"
         elif ".visual." in name:

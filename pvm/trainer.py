@@ -1,18 +1,31 @@
-"""transformers' Trainer with what PVM needs: a learning rate for gates, gates in the log, exact resumes."""
+"""transformers' Trainer with what PVM needs: cheap logits, a rate for gates, gates in the log, exact resumes."""
 
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import ModelOutput
+from transformers.trainer_utils import rotate_checkpoints
 
+from .callbacks import BranchGradients, StopOnSigterm, whole
+from .data import IGNORE_INDEX
 from .errors import UserError
-from .methods import pvm_blocks
+from .methods import PEFT_ORIGINAL, pvm_blocks
 
 
 # The float32 branches of a run over a backbone of another dtype, beside the optimizer's state: for resuming only.
 MASTER_WEIGHTS = "pvm_float32.safetensors"
+# Where everything is written first. Only what is whole is moved out of it.
+STAGING = ".incomplete"
 
 
 @dataclass
@@ -26,22 +39,44 @@ class PVMTrainingArguments(TrainingArguments):
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gates, if not that of the other weights."}
     )
+    # Every branch gets a gradient from every batch, so DDP need not look for those that got none.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Leave this false."})
     # The data set makes model inputs itself, from columns that no model signature names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this false."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_liger_kernel:
+            raise UserError(
+                "--use_liger_kernel: liger-kernel chooses its kernels by model type and has none for a model with "
+                "branches; it would change nothing. Leave it out. Logits are computed only where there is a label."
+            )
 
 
 class PVMTrainer(Trainer):
     """
     Trains any of the methods. `method` (`str`) is written into the mark of PVM checkpoints.
 
-    Checkpoints are complete: weights in the backbone's dtype, config, code files, processor. Where the branches train
-    in float32 over another dtype, their float32 weights are kept beside the optimizer's state, so that a resumed run
-    goes on exactly where it stopped.
+    - The loss is the mean over the labels of a whole step, over all micro-batches and ranks.
+    - Logits are computed only at the tokens that predict a label: with a vocabulary of 151,936 the others would be
+      most of a short answer's memory.
+    - Checkpoints are complete: weights in the backbone's dtype, config, code files, processor. Where the branches
+      train in float32 over another dtype, their float32 weights are kept beside the optimizer's state, so that a
+      resumed run goes on exactly where it stopped.
+    - A checkpoint appears under its name only when it is whole, whatever happens during the save.
     """
 
     def __init__(self, *args, method: str, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_loss_func=loss_of_predictions, **kwargs)
         self.method = method
+        self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
+        self.add_callback(self.stop_on_sigterm)
+        self.add_callback(self.branch_gradients)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        positions, targets = predictions(inputs["labels"])
+        inputs = {**inputs, "labels": targets, "logits_to_keep": positions}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.gate_learning_rate is None or self.optimizer is not None:
@@ -65,16 +100,70 @@ class PVMTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Every logged loss comes with the value of each layer's gate."""
+        """Every logged loss comes with each branch's gate and the norm of its gradient."""
         if "loss" in logs:
             for layer_idx, block in pvm_blocks(self.model).items():
-                logs[f"gate/layer_{layer_idx}"] = round(block.gate_alpha.item(), 6)
+                logs[f"gate/layer_{layer_idx}"] = round(whole(block.gate_alpha).item(), 6)
+            for layer_idx, norm in self.branch_gradients.norms.items():
+                logs[f"grad_norm/layer_{layer_idx}"] = norm
         super().log(logs, *args, **kwargs)
+
+    def frozen_hash(self) -> str:
+        """SHA-256 over everything that does not train: names, dtypes and this rank's bytes of it."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad and PEFT_ORIGINAL not in name:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                digest.update(f"{name} {local.dtype}".encode())
+                digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # part of a checkpoint, which is staged as a whole
+            return super().save_model(output_dir, _internal_call)
+        output_dir = Path(output_dir or self.args.output_dir)
+        with self._staged(output_dir) as staging:
+            super().save_model(str(staging), _internal_call)
+
+    def _get_output_dir(self, trial) -> str:
+        """Where `_save_checkpoint` puts `checkpoint-*`."""
+        return str(Path(super()._get_output_dir(trial)) / STAGING)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        with self._staged(run_dir):
+            super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, use_mtime=True)
+
+    @contextmanager
+    def _staged(self, folder: Path):
+        """What is written into the folder that this yields is in `folder` afterwards, whole, or not at all."""
+        staging = folder / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what an interrupted run left
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        yield staging
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # Nothing loads a model without its config.json, so it comes last.
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                target = folder / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if pvm_blocks(self.model):
             mark = {"method": self.method, "step": self.state.global_step}
             self.model.config.get_text_config().pvm_training = mark
+        if isinstance(self.model, PeftModel):
+            if pvm_blocks(self.model):  # an adapter's own config does not say where the branches are
+                self.model.config.save_pretrained(output_dir)
+        elif pvm_blocks(self.model):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {
                 name: weight.to(self.model.dtype) if ".pvm_block." in name else weight
@@ -84,10 +173,12 @@ class PVMTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        masters = {
-            name: weight for name, weight in self.model.state_dict().items() if weight.dtype != self.model.dtype
-        }
-        masters = {name: weight.contiguous() for name, weight in masters.items() if ".pvm_block." in name}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # what they save to resume from has every weight in its own dtype
+        if isinstance(self.model, PeftModel):
+            return  # an adapter is saved in float32
+        masters = {name: weight for name, weight in self.model.state_dict().items() if ".pvm_block." in name}
+        masters = {name: weight.contiguous() for name, weight in masters.items() if weight.dtype != self.model.dtype}
         if masters and self.args.should_save:
             save_file(masters, Path(output_dir) / MASTER_WEIGHTS)
 
@@ -96,3 +187,29 @@ class PVMTrainer(Trainer):
         masters = Path(resume_from_checkpoint) / MASTER_WEIGHTS
         if masters.is_file():
             (self.model if model is None else model).load_state_dict(load_file(masters), strict=False)
+
+
+def predictions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Where a label is predicted, and which.
+
+    Args:
+        labels (`torch.LongTensor` `[batch, sequence]`): -100 where there is none.
+
+    Returns:
+        The positions `[n]` whose next token has a label in any row, and those labels, `[batch, n]`.
+    """
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    positions = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    return positions, targets[:, positions]
+
+
+def loss_of_predictions(
+    outputs: ModelOutput, targets: torch.LongTensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Cross-entropy of `outputs.logits` `[batch, n, vocabulary]` and `targets` `[batch, n]`: the sum over
+    `num_items_in_batch`, or the mean.
+    """
+    logits = outputs.logits
+    return ForCausalLMLoss(logits, None, logits.shape[-1], num_items_in_batch, shift_labels=targets)

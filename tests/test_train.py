@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
 
@@ -18,68 +17,15 @@ import train
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
 from pvm.data import ConversationCollator, ConversationDataset, conversation, load_conversations
-from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
 from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """An untrained digits backbone with its processor."""
-    folder = tmp_path_factory.mktemp("base")
-    model, processor = build_backbone()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+from training import PVM, run
 
 
 @pytest.fixture(scope="module")
 def processor(base):
     return AutoProcessor.from_pretrained(base)
-
-
-@pytest.fixture(scope="module")
-def conversations(tmp_path_factory) -> Path:
-    """Twelve conversations in a JSON Lines file beside their images; two of them have no image."""
-    folder = tmp_path_factory.mktemp("conversations")
-    with open(folder / "data.jsonl", "w") as file:
-        for index in range(12):
-            images = []
-            if index % 6 != 5:
-                Image.new("RGB", (32, 32), (20 * index, 100, 50)).save(folder / f"{index}.png")
-                images = [f"{index}.png"]
-            messages = [
-                {"role": "user", "content": "Cell first alpha?"},
-                {"role": "assistant", "content": str(index % 10)},
-                {"role": "user", "content": "Cell second bravo?"},
-                {"role": "assistant", "content": str((index + 3) % 10)},
-            ]
-            file.write(json.dumps({"images": images, "messages": messages}) + "\n")
-    return folder / "data.jsonl"
-
-
-def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
-    """One short run of train.py in this process."""
-    train.main(
-        [
-            *(
-                "--model_name_or_path",
-                str(base),
-                "--dataset_name",
-                str(conversations),
-                "--output_dir",
-                str(output_dir),
-            ),
-            *("--per_device_train_batch_size", "3", "--max_steps", "4", "--logging_steps", "1", "--warmup_steps", "0"),
-            *("--learning_rate", "1e-3", "--use_cpu", "true", "--disable_tqdm", "true"),
-            *flags,
-        ]
-    )
-    return output_dir
-
-
-PVM = ("--pvm_hidden_size", "32")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""
+What a training step costs: PVM beside LoRA (rank 16, all linear layers of the language model) and full fine-tuning.
+
+    python -m benchmarks.training
+    python -m benchmarks.training --shape 8B --device cuda --dtype bfloat16 --visual_tokens 1024
+
+A step is forward and backward of one conversation and AdamW, through train.py's own loss; kept for backward are the
+bytes that autograd holds at the end of the forward pass, parameters aside. Steps of the methods are interleaved;
+printed are medians and the ratios to LoRA's.
+"""
+
+import statistics
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table
+from pvm.methods import LORA_TARGETS, count_parameters
+from pvm.trainer import loss_of_predictions, predictions
+
+
+WARM_UP = 1
+
+
+def batch_of(model: torch.nn.Module, visual_tokens: int, text_tokens: int) -> dict[str, torch.Tensor]:
+    """A conversation with one image in front, whose last half of the text is the answer."""
+    vision, device = model.config.vision_config, model.device
+    patches, rows = visual_tokens * vision.spatial_merge_size**2, 2 * vision.spatial_merge_size
+    patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    input_ids = torch.randint(10, 1000, (1, visual_tokens + text_tokens), device=device)
+    input_ids[:, :visual_tokens] = model.config.image_token_id
+    labels = input_ids.clone()
+    labels[:, : -text_tokens // 2] = -100
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == model.config.image_token_id).int(),
+        "pixel_values": torch.randn(patches, patch_size, device=device, dtype=model.dtype),
+        "image_grid_thw": torch.tensor([[1, rows, patches // rows]], device=device),
+    }
+
+
+def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    positions, targets = predictions(batch["labels"])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return loss_of_predictions(model(**inputs, use_cache=False, logits_to_keep=positions), targets)
+
+
+def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, parameters aside, each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(model, batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def main() -> None:
+    command_line = parser(__doc__)
+    command_line.add_argument("--visual_tokens", type=int, default=256)
+    command_line.add_argument("--text_tokens", type=int, default=256)
+    command_line.add_argument("--steps", type=int, default=6, help="of each method")
+    args = command_line.parse_args()
+    stock, pvm = build(args)
+    print_environment(args, pvm)
+
+    pvm.requires_grad_(False)
+    for block in branches(pvm):
+        block.requires_grad_(True).float()
+    full, _ = build(args)
+    lora = get_peft_model(stock.requires_grad_(False), LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS))
+    methods = {"PVM": pvm, "LoRA": lora, "full": full.requires_grad_(True)}
+    batch = batch_of(pvm, args.visual_tokens, args.text_tokens)
+    optimizers = {
+        name: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
+        for name, model in methods.items()
+    }
+
+    def step(name: str) -> None:
+        forward(methods[name], batch).backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+    times = {name: [] for name in methods}
+    for number in tqdm(range(WARM_UP + args.steps), unit="step of each"):
+        # Who goes first changes, because what one leaves behind in caches and allocator is another's gain or loss.
+        for name in sorted(methods, reverse=number % 2 == 1):
+            times[name].append(milliseconds(lambda name=name: step(name), args.device))
+    medians = {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items()}
+    saved = {name: saved_bytes(model, batch) for name, model in methods.items()}
+    rows = [
+        [
+            name,
+            f"{count_parameters(model)[-1].trainable:,}",
+            f"{medians[name]:,.0f}",
+            f"{medians[name] / medians['LoRA']:.2f}",
+            f"{saved[name] / 2**20:,.1f}",
+            f"{saved[name] / saved['LoRA']:.2f}",
+        ]
+        for name, model in methods.items()
+    ]
+    headings = ["", "trained", "step, ms", "of LoRA", "kept for backward, MiB", "of LoRA"]
+    title = f"A training step, {args.visual_tokens:,} visual and {args.text_tokens:,} text tokens, {args.steps} steps"
+    print_table(title, headings, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What happens around training steps: stopping when the machine asks for it, and what the branches' gradients are."""
+
+import signal
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .methods import pvm_blocks
+
+
+class StopOnSigterm(TrainerCallback):
+    """
+    On SIGTERM (a scheduler's warning, a preempted machine) saves a checkpoint after the current step and stops.
+
+    stopped (`bool`): whether that happened.
+    """
+
+    def __init__(self):
+        self.stopped = False
+        self._received = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        received = self._received
+        if args.world_size > 1:
+            # Ranks get the signal in different steps, and must save the same one.
+            flag = torch.tensor(int(received), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            received = bool(flag)
+        if received and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _receive(self, signal_number, frame):
+        self._received = True
+
+
+class BranchGradients(TrainerCallback):
+    """norms (`dict[int, float]`): norm of each branch's gradient in the last step, clipped, by decoder layer."""
+
+    def __init__(self):
+        self.norms: dict[int, float] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for layer_idx, block in pvm_blocks(model).items():
+            gradients = [p.grad for p in block.parameters() if p.grad is not None]
+            if gradients:  # DeepSpeed keeps them elsewhere
+                self.norms[layer_idx] = whole(torch.nn.utils.get_total_norm(gradients)).item()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of which this rank holds a part; to be called on all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

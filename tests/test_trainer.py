@@ -1,0 +1,280 @@
+"""What a training step computes, keeps, logs and leaves alone."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoProcessor
+
+import tiny
+from benchmarks.training import saved_bytes
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.checkpoints import checkpoint_kind, load_checkpoint
+from pvm.data import ConversationCollator, ConversationDataset, load_conversations
+from pvm.errors import UserError
+from pvm.methods import METHODS, ModelArguments, count_parameters, load_model, pvm_blocks
+from pvm.trainer import PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
+from training import PVM, losses, run
+
+
+BRANCHED = ("pvm", "pvm+lora", "mlp")
+
+
+def model_arguments(base, method: str, **fields) -> ModelArguments:
+    return ModelArguments(str(base), method=method, pvm_hidden_size=32 if method in BRANCHED else None, **fields)
+
+
+@pytest.fixture(scope="module")
+def batch(base, conversations) -> dict[str, torch.Tensor]:
+    """Three conversations of different length; the second has no image."""
+    processor = AutoProcessor.from_pretrained(base)
+    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
+    return ConversationCollator(processor.tokenizer.pad_token_id)([dataset[4], dataset[5], dataset[6]])
+
+
+def open_gates(model, gate: float = 0.5):
+    for block in pvm_blocks(model).values():
+        torch.nn.init.constant_(block.gate_alpha, gate)
+    return model
+
+
+# The loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_the_models_own(base, batch, method):
+    """Logits at the labels alone give the loss and the gradients that all logits give."""
+    model = open_gates(load_model(model_arguments(base, method)))
+    own = model(**batch).loss
+    own.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    positions, targets = predictions(batch["labels"])
+    outputs = model(**{**batch, "labels": None}, logits_to_keep=positions)
+    assert outputs.logits.shape[1] < batch["labels"].shape[1] / 2
+    loss = loss_of_predictions(outputs, targets)
+    torch.testing.assert_close(loss, own)
+    loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_is_the_mean_over_its_labels_however_it_is_cut(base, conversations, tmp_path):
+    """transformers' own loss for Qwen3-VL averages the means of micro-batches, whatever their number of labels."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    for index, row in enumerate(rows):  # answers of 1 to 12 tokens
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "7 " * index + "7"}]
+        row["images"] = [str(conversations.parent / image) for image in row["images"]]
+    path = tmp_path / "uneven.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (*PVM, "--max_steps", "2", "--learning_rate", "0.01", "--optim", "sgd", "--max_grad_norm", "0")
+    cuts = {"12": "1", "4": "3", "1": "12"}
+    histories = [
+        losses(
+            run(
+                *(base, path, tmp_path / size, *flags, "--per_device_train_batch_size", size),
+                *("--gradient_accumulation_steps", steps),
+            )
+        )
+        for size, steps in cuts.items()
+    ]
+    for history in histories[1:]:
+        assert history == pytest.approx(histories[0], abs=1e-5)
+
+
+# What it costs
+
+
+def test_nothing_is_kept_below_the_first_branch(base, batch):
+    """Neither in the vision tower nor in the layers that no trained weight lies below."""
+    model = load_model(model_arguments(base, "pvm", pvm_layers=[2, 3])).train()
+    whole = saved_bytes(model, batch)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    hooks = [torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)]
+    below = [model.model.visual, *model.model.language_model.layers[:2]]
+    for module in below:
+        module.register_forward_pre_hook(lambda *_: hooks[0].__enter__())
+        module.register_forward_hook(lambda *_: hooks[0].__exit__())
+    assert saved_bytes(model, batch) == whole > 0
+    assert not kept
+
+
+def test_kept_for_backward_is_at_most_four_fifths_of_what_lora_keeps(base, batch):
+    """At the default places of the branches; the benchmark has real shapes and times."""
+    pvm, lora = (saved_bytes(load_model(model_arguments(base, method)).train(), batch) for method in ("pvm", "lora"))
+    assert 0 < pvm <= 0.8 * lora
+
+
+def test_logits_are_kept_at_the_labels_alone(base, batch):
+    model = load_model(model_arguments(base, "pvm")).train()
+    some = {**batch, "labels": batch["labels"].clone()}
+    some["labels"][:, :-2] = -100
+    difference = saved_bytes(model, batch) - saved_bytes(model, some)
+    predicted = predictions(batch["labels"])[0].numel() - predictions(some["labels"])[0].numel()
+    # The logits in float32, and their softmax.
+    assert difference >= 4 * predicted * len(batch["labels"]) * model.config.text_config.vocab_size > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing(base, conversations, tmp_path, method, reentrant):
+    flags = PVM if method in BRANCHED else ()
+    flags = (*flags, "--method", method, "--max_steps", "2")
+    checkpointing = (
+        *("--gradient_checkpointing", "true"),
+        *("--gradient_checkpointing_kwargs", json.dumps({"use_reentrant": reentrant})),
+    )
+    plain = run(base, conversations, tmp_path / "plain", *flags)
+    thrifty = run(base, conversations, tmp_path / "thrifty", *flags, *checkpointing)
+    assert losses(thrifty) == pytest.approx(losses(plain), abs=1e-5)
+
+
+# The log, and what stays as it was
+
+
+def test_the_log_holds_the_gradient_of_each_branch(base, conversations, tmp_path):
+    output_dir = run(base, conversations, tmp_path / "run", *PVM)
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in history if "loss" in entry):
+        norms = [entry[f"grad_norm/layer_{layer}"] for layer in (1, 2, 3)]
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(min(entry["grad_norm"], 1.0), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora", "mlp"])
+def test_the_hash_of_what_is_frozen(base, method, tmp_path):
+    model = load_model(model_arguments(base, method))
+    trainer = PVMTrainer(method=method, model=model, args=PVMTrainingArguments(str(tmp_path), use_cpu=True))
+    before = trainer.frozen_hash()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+        assert trainer.frozen_hash() == before
+        next(p for name, p in model.named_parameters() if "visual.pos_embed" in name)[0, 0] += 1e-3
+    assert trainer.frozen_hash() != before
+
+
+def test_a_change_of_what_is_frozen_stops_the_run(base, conversations, tmp_path, monkeypatch):
+    hashes = iter(["one", "another"])
+    monkeypatch.setattr(PVMTrainer, "frozen_hash", lambda self: next(hashes))
+    with pytest.raises(RuntimeError, match="frozen changed"):
+        run(base, conversations, tmp_path / "run", *PVM)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_liger_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="no kernel|none for a model with branches"):
+        PVMTrainingArguments(str(tmp_path), use_cpu=True, use_liger_kernel=True)
+
+
+# The controls
+
+
+def test_the_mlp_control_has_as_many_parameters(base):
+    counts = [count_parameters(load_model(model_arguments(base, method))) for method in ("pvm", "mlp")]
+    trained = [{count.part: count.trainable for count in method}["branches"] for method in counts]
+    neuron = 3 * 32
+    assert 0 <= trained[0] - trained[1] < 3 * neuron
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "layers", "intermediate_size", "heads"),
+    [(2048, 28, 6144, 16), (2560, 36, 9728, 32), (4096, 36, 12288, 32), (5120, 64, 25600, 64)],
+    ids=["2B", "4B", "8B", "32B"],
+)
+def test_the_mlp_control_at_real_shapes(hidden_size, layers, intermediate_size, heads):
+    from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+    from pvm.controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
+
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
+    fields = tiny.stock_config(shape)
+    counts = []
+    for config_class, model_class in (
+        (Qwen3VLPVMConfig, Qwen3VLPVMForConditionalGeneration),
+        (ParallelMLPConfig, ParallelMLPForConditionalGeneration),
+    ):
+        with torch.device("meta"):
+            model = model_class(config_class.from_stock(fields, pvm_hidden_size=512))
+        counts.append(sum(p.numel() for block in pvm_blocks(model).values() for p in block.parameters()))
+    assert 0 <= counts[0] - counts[1] < counts[0] / 1000
+
+
+def test_the_mlp_control_reads_no_image_where_pvm_does(base, batch):
+    image = batch["mm_token_type_ids"] > 0
+    for method, reads in (("pvm", True), ("mlp", False)):
+        model = open_gates(load_model(model_arguments(base, method))).eval()
+        seen = []
+        for block in pvm_blocks(model).values():
+            block.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs))
+        with torch.no_grad():
+            model(**{**batch, "labels": None})
+            for block, (states, visual, routing, _) in zip(pvm_blocks(model).values(), list(seen)):
+                injected = block(states, visual, routing)
+                blind = block(states, torch.randn_like(visual), routing)
+                assert injected.abs().max() > 0
+                assert torch.equal(injected, blind) != reads
+                # As in PVM, a row without an image gets nothing.
+                assert image[1].sum() == 0 and (injected[1] == 0).all()
+
+
+def test_the_mlp_control_decodes_on_a_cache_as_without(base, batch):
+    model = open_gates(load_model(model_arguments(base, "mlp"))).eval()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    modes = [{"use_cache": True}, {"use_cache": False}]
+    ours = [model.generate(**inputs, do_sample=False, max_new_tokens=6, **mode).tolist() for mode in modes]
+    assert ours[0] == ours[1]
+    open_gates(model, 0.0)
+    assert ours[0] != model.generate(**inputs, do_sample=False, max_new_tokens=6).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["mlp", "pvm+lora"])
+def test_what_was_trained_is_what_is_evaluated(base, conversations, batch, tmp_path, monkeypatch, method, dtype):
+    trained = []
+    train = PVMTrainer.train
+    monkeypatch.setattr(
+        PVMTrainer, "train", lambda self, **kwargs: (train(self, **kwargs), trained.append(self.model))
+    )
+    output_dir = run(base, conversations, tmp_path / "run", *PVM, "--method", method, "--dtype", dtype)
+    checkpoint = load_checkpoint(str(output_dir))
+    description = checkpoint.description
+    assert description.method == method and description.step == 4 and description.gates_on
+    assert description.kind == checkpoint_kind(str(output_dir)) == ("mlp" if method == "mlp" else "adapter")
+    assert isinstance(trained[0], PeftModel) == (method == "pvm+lora")
+    with torch.no_grad():
+        expected = trained[0].eval()(**{**batch, "labels": None}).logits
+        actual = checkpoint.model(**{**batch, "labels": None}).logits
+    # An adapter does not say in which dtype its base was trained; the base on disk is float32.
+    torch.testing.assert_close(actual.float(), expected.float(), atol=1e-4 if dtype == "float32" else 0.1, rtol=0)
+
+
+def test_pvm_and_lora_learn_together(base, conversations, tmp_path):
+    """Adapters and every branch parameter move, over four steps of which the first opens the gates."""
+    output_dir = run(base, conversations, tmp_path / "run", *PVM, "--method", "pvm+lora", "--lora_rank", "4")
+    model = load_model(model_arguments(base, "pvm+lora"))
+    fresh = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+    from safetensors.torch import load_file
+
+    saved = load_file(output_dir / "adapter_model.safetensors")
+    assert sum(".lora_B." in name and bool(p.any()) for name, p in saved.items()) == 4 * 7
+    branches = {name: p for name, p in saved.items() if ".pvm_block." in name}
+    assert len(branches) == 3 * 15
+    gates = [p for name, p in branches.items() if name.endswith("gate_alpha")]
+    assert all(gate.item() != 0 for gate in gates) and fresh
+
+
+@pytest.mark.parametrize("method", ["pvm+lora", "mlp"])
+def test_the_controls_resume(base, conversations, tmp_path, method):
+    flags = (*PVM, "--method", method, "--save_steps", "2")
+    whole = run(base, conversations, tmp_path / "whole", *flags)
+    again = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    resumed = run(base, conversations, tmp_path / "resumed", *flags, *again)
+    assert losses(resumed) == losses(whole)

@@ -1,0 +1,42 @@
+"""Runs of train.py on twelve conversations and an untrained digits backbone, in this process or as a command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    *("--per_device_train_batch_size", "3", "--max_steps", "4", "--logging_steps", "1", "--warmup_steps", "0"),
+    *("--learning_rate", "1e-3", "--use_cpu", "true", "--disable_tqdm", "true"),
+)
+PVM = ("--pvm_hidden_size", "32")
+
+
+def arguments(base: Path, conversations: Path, output_dir: Path, *flags: str) -> list[str]:
+    names = ("--model_name_or_path", base, "--dataset_name", conversations, "--output_dir", output_dir)
+    return [*map(str, names), *FLAGS, *flags]
+
+
+def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
+    """One short run of train.py in this process."""
+    train.main(arguments(base, conversations, output_dir, *flags))
+    return output_dir
+
+
+def start(launcher: list[str], *args) -> subprocess.Popen:
+    """The same as a command of its own, e.g. under `accelerate launch`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments(*args)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
