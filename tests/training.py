@@ -28,9 +28,9 @@ def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
     return output_dir
 
 
-def start(launcher: list[str], *args) -> subprocess.Popen:
-    """The same as a command of its own, e.g. under `accelerate launch`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(launcher: list[str], *args, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """The same as a command of its own, e.g. under torchrun."""
+    environment = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments(*args)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment

@@ -1,0 +1,93 @@
+"""
+Two processes with gloo, launched with the accelerate configs that ship: what they learn is what one process learns.
+
+The GPU that the configs name is replaced by the CPU; everything else in them counts.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from pvm.checkpoints import load_checkpoint
+from training import PVM, ROOT, losses, run, start
+
+
+# One conversation at a time, so that in some steps one of the two ranks has no image at all.
+FLAGS = ("--max_steps", "6", "--save_steps", "3", "--per_device_train_batch_size", "1")
+METHODS = {
+    "pvm": PVM,
+    "pvm-bf16": (*PVM, "--dtype", "bfloat16"),
+    "lora": ("--method", "lora"),
+    "pvm+lora": (*PVM, "--method", "pvm+lora"),
+}
+WEIGHTS = {"lora": "adapter_model.safetensors", "pvm+lora": "adapter_model.safetensors"}
+
+
+def launch(config: str, *args):
+    """`accelerate launch --config_file recipes/accelerate/<config>.yaml` with two processes on the CPU."""
+    file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    environment = {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return start(torchrun, *args, environment=environment)
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(base, conversations, tmp_path_factory):
+    """The same micro-batches in one process, by gradient accumulation."""
+    folder = tmp_path_factory.mktemp("alone")
+    done: dict[str, Path] = {}
+
+    def runs(method: str) -> Path:
+        if method not in done:
+            flags = (*FLAGS, *METHODS[method], "--gradient_accumulation_steps", "2")
+            done[method] = run(base, conversations, folder / method, *flags)
+        return done[method]
+
+    return runs
+
+
+def assert_same_weights(actual: Path, expected: Path, method: str, atol: float):
+    name = WEIGHTS.get(method, "model.safetensors")
+    ours, theirs = load_file(actual / name), load_file(expected / name)
+    assert ours.keys() == theirs.keys()
+    for key, weight in theirs.items():
+        torch.testing.assert_close(ours[key], weight, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_does(base, conversations, alone, tmp_path, config, method):
+    output = finish(launch(config, base, conversations, tmp_path / "run", *FLAGS, *METHODS[method]))
+    expected = alone(method)
+    assert "Everything frozen is as it was" in output
+    assert losses(tmp_path / "run") == pytest.approx(losses(expected), abs=2e-3 if "bf16" in method else 1e-4)
+    # AdamW divides by the size of the gradient, so float noise in a tiny one moves a weight by up to the rate.
+    assert_same_weights(tmp_path / "run", expected, method, atol=2e-2 if "bf16" in method else 2e-4)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):  # in one process, without sharding
+        assert load_checkpoint(str(folder)).description.step in (3, 6)
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, alone, tmp_path, config):
+    """SIGTERM to one rank stops both after the same step."""
+    flags = (*FLAGS, *METHODS["pvm"])
+    whole = finish(launch(config, base, conversations, tmp_path / "whole", *flags)) and tmp_path / "whole"
+    again = (*flags, "--resume_from_checkpoint", str(whole / "checkpoint-3"))
+    finish(launch(config, base, conversations, tmp_path / "resumed", *again))
+    assert losses(tmp_path / "resumed") == losses(whole)
+    assert_same_weights(tmp_path / "resumed", whole, "pvm", atol=0)
