@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 from transformers.trainer_utils import rotate_checkpoints
+
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
 
 from .callbacks import BranchGradients, StopOnSigterm, whole
 from .data import IGNORE_INDEX
@@ -24,6 +26,8 @@ from .methods import PEFT_ORIGINAL, pvm_blocks
 
 # The float32 branches of a run over a backbone of another dtype, beside the optimizer's state: for resuming only.
 MASTER_WEIGHTS = "pvm_float32.safetensors"
+# What FSDP gathers one at a time.
+SHARDED_APART = (Qwen3VLTextDecoderLayer, Qwen3VLPVMBlock)
 # Where everything is written first. Only what is whole is moved out of it.
 STAGING = ".incomplete"
 
@@ -72,6 +76,11 @@ class PVMTrainer(Trainer):
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
         self.add_callback(self.branch_gradients)
+        if self.is_fsdp_enabled:
+            # Branches apart, because they may be float32 over a bf16 decoder. Not the vision tower's blocks: a rank
+            # whose batch has no image does not run them, and the others would wait for it forever.
+            apart = {type(m).__name__ for m in self.model.modules() if isinstance(m, SHARDED_APART)}
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(apart)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         positions, targets = predictions(inputs["labels"])
@@ -109,13 +118,13 @@ class PVMTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def frozen_hash(self) -> str:
-        """SHA-256 over everything that does not train: names, dtypes and this rank's bytes of it."""
+        """SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad and PEFT_ORIGINAL not in name:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                digest.update(f"{name} {local.dtype}".encode())
-                digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                values = whole(parameter.detach()).cpu().contiguous()
+                digest.update(f"{name} {values.dtype}".encode())
+                digest.update(values.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

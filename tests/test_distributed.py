@@ -1,14 +1,13 @@
 """
 Two processes with gloo, launched with the accelerate configs that ship: what they learn is what one process learns.
 
-The GPU that the configs name is replaced by the CPU; everything else in them counts.
+The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
-import os
 import signal
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -36,7 +35,11 @@ def launch(config: str, *args):
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     environment = {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ROOT / "train.py"
+    if arguments.use_fsdp:
+        environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+        script = ROOT / "tests" / "fsdp_on_cpu.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     return start(torchrun, *args, environment=environment)
 
 
@@ -78,16 +81,33 @@ def test_two_processes_learn_what_one_does(base, conversations, alone, tmp_path,
     assert losses(tmp_path / "run") == pytest.approx(losses(expected), abs=2e-3 if "bf16" in method else 1e-4)
     # AdamW divides by the size of the gradient, so float noise in a tiny one moves a weight by up to the rate.
     assert_same_weights(tmp_path / "run", expected, method, atol=2e-2 if "bf16" in method else 2e-4)
+    sharded = list((tmp_path / "run" / "checkpoint-3").glob("pytorch_model_fsdp*"))
+    assert bool(sharded) == (config == "fsdp2"), "FSDP was not on, or was on"
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):  # in one process, without sharding
         assert load_checkpoint(str(folder)).description.step in (3, 6)
 
 
+def interrupt(process) -> str:
+    """SIGTERM to one of the two ranks after the first step; what was printed."""
+    output = ""
+    while "'loss'" not in output:
+        line = process.stdout.readline()
+        assert line, output
+        output += line
+    ranks = [child for child in psutil.Process(process.pid).children() if "torch" not in child.name()]
+    ranks[1].send_signal(signal.SIGTERM)
+    return output + process.communicate(timeout=120)[0]
+
+
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, alone, tmp_path, config):
-    """SIGTERM to one rank stops both after the same step."""
-    flags = (*FLAGS, *METHODS["pvm"])
-    whole = finish(launch(config, base, conversations, tmp_path / "whole", *flags)) and tmp_path / "whole"
-    again = (*flags, "--resume_from_checkpoint", str(whole / "checkpoint-3"))
-    finish(launch(config, base, conversations, tmp_path / "resumed", *again))
-    assert losses(tmp_path / "resumed") == losses(whole)
-    assert_same_weights(tmp_path / "resumed", whole, "pvm", atol=0)
+def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_path, config):
+    """Both ranks save and stop after the same step."""
+    flags = (*FLAGS, *METHODS["pvm"], "--save_steps", "100")
+    finish(launch(config, base, conversations, tmp_path / "whole", *flags))
+    output = interrupt(launch(config, base, conversations, tmp_path / "run", *flags))
+    assert "stopped by SIGTERM after step" in output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert 1 <= int(checkpoint.name.rpartition("-")[2]) < 6
+    finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", "pvm", atol=0)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pvm.errors import UserError
 from pvm.trainer import STAGING, PVMTrainer
-from training import PVM, losses, run, start
+from training import PVM, ROOT, losses, run, start
 
 
 FLAGS = (*PVM, "--save_steps", "1", "--max_steps", "8")
@@ -49,7 +49,7 @@ def test_killed_during_a_save(base, conversations, whole, tmp_path):
     output_dir = tmp_path / "run"
     for step in (2, 4, 6):
         resume = LAST if output_dir.exists() else ()
-        process = start([], base, conversations, output_dir, *FLAGS, *resume)
+        process = start([str(ROOT / "train.py")], base, conversations, output_dir, *FLAGS, *resume)
         wait_for((output_dir / f"checkpoint-{step}").exists, process)
         staged = output_dir / STAGING
         wait_for(lambda staged=staged: any(staged.glob("checkpoint-*/model.safetensors")), process)
@@ -66,7 +66,7 @@ def test_killed_during_a_save(base, conversations, whole, tmp_path):
 def test_terminated(base, conversations, whole, tmp_path):
     """SIGTERM saves the step that was being made, and says how to go on."""
     output_dir = tmp_path / "run"
-    process = start([], base, conversations, output_dir, *FLAGS, "--save_steps", "100")
+    process = start([str(ROOT / "train.py")], base, conversations, output_dir, *FLAGS, "--save_steps", "100")
     output = ""
     while "'loss'" not in output:  # the first step is over
         line = process.stdout.readline()

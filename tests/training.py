@@ -28,12 +28,16 @@ def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
     return output_dir
 
 
-def start(launcher: list[str], *args, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """The same as a command of its own, e.g. under torchrun."""
+def start(command: list[str], *args, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """The same as a process of its own, e.g. under torchrun."""
     environment = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments(*args)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment
+        [sys.executable, *command, *arguments(*args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
 
 
