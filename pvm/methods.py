@@ -1,10 +1,11 @@
 """What can be trained: PVM branches, and the controls that a claim about them needs. One code path, one report."""
 
+import importlib.util
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
@@ -49,6 +50,10 @@ class ModelArguments:
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the decoder's frozen linear layers in 4 bit (nf4; needs bitsandbytes)."},
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "`sdpa` (default), `eager` or `flash_attention_2`."}
     )
@@ -91,6 +96,9 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     if not arguments.has_branches and pvm_fields:
         raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
 
+    if arguments.load_in_4bit:
+        loading["quantization_config"] = _four_bit(arguments)
+
     try:
         if arguments.has_branches:
             model_class = BRANCHED[arguments.method]
@@ -126,6 +134,20 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     elif arguments.method == "full":
         model.requires_grad_(True)
     return model
+
+
+def _four_bit(arguments: ModelArguments) -> BitsAndBytesConfig:
+    if arguments.method == "full":
+        raise UserError("--load_in_4bit is for what stays frozen, and --method full trains everything. Leave it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
+        # Branches train, and the small vision tower and the head are worth their precision.
+        llm_int8_skip_modules=[r".*\.pvm_block", r".*\.visual", "lm_head"],
+    )
 
 
 def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:

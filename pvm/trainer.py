@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
@@ -70,8 +70,12 @@ class PVMTrainer(Trainer):
     - A checkpoint appears under its name only when it is whole, whatever happens during the save.
     """
 
-    def __init__(self, *args, method: str, **kwargs):
-        super().__init__(*args, compute_loss_func=loss_of_predictions, **kwargs)
+    def __init__(self, model: PreTrainedModel | PeftModel, *args, method: str, **kwargs):
+        quantized = "quantization_config" in model.config.to_dict()
+        # The Trainer believes that nothing trains in a quantised model unless peft put it there.
+        model.is_quantized = False
+        super().__init__(model, *args, compute_loss_func=loss_of_predictions, **kwargs)
+        model.is_quantized = quantized
         self.method = method
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
@@ -119,10 +123,12 @@ class PVMTrainer(Trainer):
 
     def frozen_hash(self) -> str:
         """SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks."""
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad and PEFT_ORIGINAL not in name:
-                values = whole(parameter.detach()).cpu().contiguous()
+        # Not the parameters themselves: bitsandbytes lays those out anew for the machine when they are first used.
+        for name, values in self.model.state_dict().items():
+            if name not in trainable and PEFT_ORIGINAL not in name:
+                values = whole(values).cpu().contiguous()
                 digest.update(f"{name} {values.dtype}".encode())
                 digest.update(values.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -171,7 +177,9 @@ class PVMTrainer(Trainer):
             self.model.config.get_text_config().pvm_training = mark
         if isinstance(self.model, PeftModel):
             if pvm_blocks(self.model):  # an adapter's own config does not say where the branches are
-                self.model.config.save_pretrained(output_dir)
+                config = self.model.config.to_dict()
+                config.pop("quantization_config", None)  # the precision of the base is chosen when it is loaded
+                type(self.model.config).from_dict(config).save_pretrained(output_dir)
         elif pvm_blocks(self.model):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {

@@ -278,3 +278,19 @@ def test_the_controls_resume(base, conversations, tmp_path, method):
     again = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
     resumed = run(base, conversations, tmp_path / "resumed", *flags, *again)
     assert losses(resumed) == losses(whole)
+
+
+@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora", "mlp"])
+def test_a_base_in_4_bit(base, conversations, tmp_path, method):
+    flags = PVM if method in BRANCHED else ()
+    flags = (*flags, "--method", method, "--load_in_4bit", "true", "--save_steps", "2")
+    whole = run(base, conversations, tmp_path / "whole", *flags)
+    assert all(0 < loss < 10 for loss in losses(whole)) and len(losses(whole)) == 4
+    assert load_checkpoint(str(whole)).description.gates_on == (None if method == "lora" else True)
+    again = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    assert losses(run(base, conversations, tmp_path / "resumed", *flags, *again)) == losses(whole)
+
+
+def test_4_bit_contradicts_full():
+    with pytest.raises(UserError, match="--load_in_4bit is for what stays frozen"):
+        load_model(ModelArguments("base", method="full", load_in_4bit=True))
