@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from .data import ConversationStream
 from .errors import UserError
 from .methods import pvm_blocks
 
@@ -63,6 +65,21 @@ class PVMTrainer(Trainer):
             **optimizer_kwargs,
         )
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in random order, as `Trainer` makes it; those of a stream as they come."""
+        if not isinstance(self.train_dataset, ConversationStream):
+            return super().get_train_dataloader()
+        # Each rank's stream is its own share already. accelerate would share it out once more, or let one rank read for
+        # all, and cut batches by their first dimension, which that of images is not.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every logged loss comes with the value of each layer's gate."""
