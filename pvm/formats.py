@@ -25,8 +25,8 @@ class Conversation:
     A row of any data set in the one internal form.
 
     messages (`list[dict]`): `{"role": "system" | "user" | "assistant", "content": parts}`, as chat templates take
-        them; a part is `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last message is the
-        assistant's. There are as many image and video parts as images and videos, in their order.
+        them; a part is `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last message
+        is the assistant's. There are as many image and video parts as images and videos, in their order.
     images (`list[dict]`): files not yet decoded, `{"path": str | None, "bytes": bytes | None}`.
     videos (`list[dict]`): the same for video files; a video given as images has them in `frames` (`list[dict]`).
     given (`int`): how many messages at the start are a prompt, whose answers are not to be learned.

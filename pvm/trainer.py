@@ -70,8 +70,8 @@ class PVMTrainer(Trainer):
         """Rows in random order, as `Trainer` makes it; those of a stream as they come."""
         if not isinstance(self.train_dataset, ConversationStream):
             return super().get_train_dataloader()
-        # Each rank's stream is its own share already. accelerate would share it out once more, or let one rank read for
-        # all, and cut batches by their first dimension, which that of images is not.
+        # Each rank's stream is its own share already. accelerate would share it out once more, or let one rank read
+        # for all and cut batches along their first dimension, which is another one for pixels than for tokens.
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
