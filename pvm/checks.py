@@ -28,7 +28,7 @@ from .data import (
     load_stream,
     no_visuals,
 )
-from .errors import UserError
+from .errors import SetupError, UserError
 
 
 SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # the only files that a new run replaces
@@ -125,7 +125,7 @@ def check_rows(
         used; `length`, `visual_tokens` and `label_tokens` in tokens, 0 if not.
 
     Raises:
-        UserError: if there are videos and nothing to read them with.
+        SetupError: if there are videos and nothing to read them with.
     """
     fingerprint = Hasher.hash(
         [
@@ -141,21 +141,16 @@ def check_rows(
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "pvm_checks"
     cache_dir.mkdir(parents=True, exist_ok=True)
     encoder = ConversationEncoder(processor, **settings)
-    try:
-        return Dataset.from_dict({"row": conversations.rows}).map(
-            partial(_check_row, conversations, encoder),
-            with_indices=True,
-            features=CHECKED,
-            num_proc=min(num_workers, len(conversations)) if num_workers > 1 else None,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(cache_dir / f"{fingerprint}.arrow"),
-            load_from_cache_file=not overwrite_cache,
-            desc=f"checking {conversations.name}",
-        )
-    except ImportError as error:
-        raise UserError(
-            f"{conversations.name} has videos, which are read with PyAV: pip install av. {error}"
-        ) from error
+    return Dataset.from_dict({"row": conversations.rows}).map(
+        partial(_check_row, conversations, encoder),
+        with_indices=True,
+        features=CHECKED,
+        num_proc=min(num_workers, len(conversations)) if num_workers > 1 else None,
+        new_fingerprint=fingerprint,
+        cache_file_name=str(cache_dir / f"{fingerprint}.arrow"),
+        load_from_cache_file=not overwrite_cache,
+        desc=f"checking {conversations.name}",
+    )
 
 
 def _check_row(
@@ -163,6 +158,8 @@ def _check_row(
 ) -> dict[str, Any]:
     try:
         example = encoder(conversations[index])
+    except SetupError:
+        raise
     except UserError as error:
         return {**row, "problem": str(error), **dict.fromkeys(COUNTS, 0)}
     return {

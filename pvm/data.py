@@ -29,7 +29,7 @@ from datasets.distributed import split_dataset_by_node
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
-from .errors import UserError
+from .errors import SetupError, UserError
 from .formats import Conversation, check_columns, to_conversation
 
 
@@ -136,6 +136,10 @@ class DataArguments:
         ):
             if value < 1:
                 raise UserError(f"--{flag} {value}: give a number from 1.")
+        if self.streaming and count > 1 and weights is None:
+            raise UserError(
+                "--streaming true with several data sets needs --dataset_weights: their sizes are not known."
+            )
         if self.streaming and self.dry_run:
             raise UserError("--dry_run reads all rows, and --streaming is for data too large for that. Leave one out.")
 
@@ -388,8 +392,7 @@ class ConversationEncoder:
             `video_grid_thw` likewise. `labels` is -100 outside the turns to learn.
 
         Raises:
-            UserError: if the conversation cannot be used.
-            ImportError: if there are videos and nothing to read them with.
+            UserError: if the conversation cannot be used; `SetupError` if no video can be read.
         """
         messages = conversation.messages[:-1] if self.prompt_only else conversation.messages
         media: dict[str, Any] = {}
@@ -476,7 +479,7 @@ def read_video(video: dict[str, Any], video_processor: Any) -> tuple[Any, VideoM
 
     Raises:
         UserError: if there is no such file, or no video in it.
-        ImportError: without PyAV.
+        SetupError: if no video file can be read, without PyAV.
     """
     if video["frames"] is not None:
         frames = [read_image(frame) for frame in video["frames"]]
@@ -490,8 +493,8 @@ def read_video(video: dict[str, Any], video_processor: Any) -> tuple[Any, VideoM
     try:
         # transformers' own choice is torchcodec, which needs an installed FFmpeg; PyAV brings its own.
         return read_video_pyav(source, video_processor.sample_frames)
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise SetupError("videos are read with PyAV, which is not installed: pip install av.") from error
     except Exception as error:  # FFmpeg's errors are of many kinds
         raise UserError(f"the video {video['path'] or ''} cannot be read: {error}") from error
 
@@ -522,7 +525,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """
         try:
             return self.encoder(self.conversations[index])
-        except (UserError, ImportError) as error:
+        except UserError as error:
             raise UserError(f"{self.conversations.where(index)}: {error}") from error
 
 
@@ -667,35 +670,37 @@ class ConversationStream(torch.utils.data.IterableDataset):
         report = self.output_dir / f"skipped_rows-{self.rank}-{0 if worker is None else worker.id}.jsonl"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.unlink(missing_ok=True)  # a resumed run reads all from the start again
-        seen, skipped, with_visuals = 0, 0, 0
+        seen, skipped, with_visuals, refused = 0, 0, 0, {}
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
             for record in self.stream:
                 seen += 1
                 try:
                     example = self.encoder(_from_record(record))
+                except SetupError:
+                    raise
                 except UserError as error:
                     skipped += 1
+                    refused = {"dataset": record["dataset"], "row": record["row"], "problem": str(error)}
                     if epoch == 0:
-                        refused = {"dataset": record["dataset"], "row": record["row"], "problem": str(error)}
                         with open(report, "a", encoding="utf-8") as file:
                             file.write(json.dumps(refused, ensure_ascii=False) + "\n")
                     example = None
                 with_visuals += example is not None and bool(example["mm_token_type_ids"].any())
                 if seen >= WATCH_AFTER:
-                    self._watch(seen, skipped, with_visuals, report)
+                    self._watch(seen, skipped, with_visuals, refused)
                 if example is not None:
                     yield example
             if seen == 0:  # there are more readers than files
                 return
-            self._watch(seen, skipped, with_visuals, report)
+            self._watch(seen, skipped, with_visuals, refused)
 
-    def _watch(self, seen: int, skipped: int, with_visuals: int, report: Path) -> None:
+    def _watch(self, seen: int, skipped: int, with_visuals: int, last: dict[str, Any]) -> None:
         if skipped > self.arguments.max_skipped * seen:
-            *_, last = report.read_text(encoding="utf-8").splitlines()
             raise UserError(
                 f"{skipped} of the first {seen} rows cannot be used, more than --max_skipped "
-                f"{self.arguments.max_skipped:g}. {report} names them; the last: {last}"
+                f"{self.arguments.max_skipped:g}. {self.output_dir}/skipped_rows-*.jsonl name them; the last: "
+                f"{last['dataset']}, row {last['row']}: {last['problem']}"
             )
         if self.needs_visuals and not with_visuals:
             raise UserError(no_visuals(f"None of the first {seen} rows of {' '.join(self.arguments.dataset_name)}"))

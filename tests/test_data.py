@@ -390,6 +390,18 @@ def test_a_video_may_be_embedded(processor, media):
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
+def test_without_pyav_a_run_with_videos_stops(processor, media, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ImportError("no module named av")
+
+    monkeypatch.setattr(pvm.data, "read_video_pyav", fail)
+    name = write(media, "video.jsonl", problem_rows()[8:])
+    with pytest.raises(UserError, match="pip install av"):
+        load(DataArguments([name], max_skipped=1.0), processor, tmp_path)
+    with pytest.raises(UserError, match="pip install av"):
+        take(stream([name], processor, tmp_path, max_skipped=1.0), 1)
+
+
 def test_errors_name_data_set_and_row(processor, media):
     rows = load_conversations(write(media, "named.jsonl", rows_of(4)), "train")
     with pytest.raises(UserError, match=r"named.jsonl, row 3: the conversation has 32 tokens \(16 of them visual\)"):
@@ -423,7 +435,8 @@ def test_mixtures_keep_weights_and_numbers(media):
         ({"max_samples": [0]}, "--max_samples 0: give a number from 1"),
         ({"max_skipped": 2.0}, "--max_skipped 2.0: give a share"),
         ({"stopping_strategy": "all_exhausted"}, "belongs to --dataset_weights"),
-        ({"streaming": True, "dry_run": True}, "--dry_run reads all rows"),
+        ({"streaming": True}, "with several data sets needs --dataset_weights"),
+        ({"streaming": True, "dry_run": True, "dataset_weights": [1, 1]}, "--dry_run reads all rows"),
     ],
 )
 def test_contradicting_flags_are_refused(flags, message):
@@ -553,7 +566,8 @@ def take(dataset: ConversationStream, count: int) -> list:
 
 
 def test_a_stream_has_the_rows_of_the_data_set(processor, media, tmp_path):
-    names = [write(media, "images.jsonl", rows_of(3)), write(media, "video.jsonl", problem_rows()[8:])]
+    rows = [{**row, "videos": []} for row in rows_of(3)] + problem_rows()[8:]
+    names = [write(media, "images_and_video.jsonl", rows)]
     expected = load(DataArguments(names), processor, tmp_path)
     examples = take(stream(names, processor, tmp_path), 9)  # twice all, and one
     for index, example in enumerate(examples):
@@ -627,7 +641,7 @@ def test_training_and_resuming_on_mixed_forms(media, tmp_path, streaming):
             ["--model_name_or_path", str(BACKBONE), "--pvm_hidden_size", "32", "--dataset_name", *names,
              "--output_dir", str(tmp_path / folder), "--max_steps", "4", "--save_steps", "2", "--use_cpu", "true",
              "--per_device_train_batch_size", "3", "--streaming", str(streaming), "--disable_tqdm", "true",
-             "--learning_rate", "1e-3", "--warmup_steps", "0", *flags]
+             "--learning_rate", "1e-3", "--warmup_steps", "0", "--dataset_weights", "5", "3", "2", *flags]
         )  # fmt: skip
         return load_file(tmp_path / folder / "model.safetensors")
 
