@@ -1,6 +1,7 @@
 """From data sets of every form to batches: what is read, refused, checked, mixed and streamed."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -172,6 +173,18 @@ def test_every_form_becomes_the_same_conversation(form, tmp_path):
     assert conversation.messages == [user([IMAGE, text("What?")]), assistant([text("A cat.")])]
     assert conversation.images == [{"path": str(tmp_path / "a.png"), "bytes": None}] and conversation.videos == []
     assert conversation.given == (1 if "prompt" in FORMS[form] else 0)
+
+
+def test_the_examples_of_the_documentation_are_what_it_says(processor, media):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = [json.loads(row) for row in re.findall(r"^\| .* \| `(\{.*\})` \|$", page, re.MULTILINE)]
+    for name in ("cat", "dog"):
+        (media / f"{name}.png").write_bytes((media / "0.png").read_bytes())
+    visual_tokens = []
+    for row in examples:
+        rows = load_conversations(write(media, "example.jsonl", [row]), "train")
+        visual_tokens.append(int((ConversationDataset(rows, processor)[0]["mm_token_type_ids"] > 0).sum()))
+    assert visual_tokens == [16, 16, 16, 16, 16, 32, 48, 32, 0]
 
 
 def test_marks_are_places_in_the_users_texts_only():
