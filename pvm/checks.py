@@ -275,8 +275,8 @@ def _objection(report: dict[str, Any], arguments: DataArguments, needs_visuals: 
         first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in refused[:SHOWN_ROWS])
         return (
             f"{len(refused):,} of {checked:,} rows cannot be used, more than --max_skipped {arguments.max_skipped:g}. "
-            f"{path} names them all; the first:{first}\nResults are cached: after mending files that rows only name, add "
-            "--overwrite_cache true."
+            f"{path} names them all; the first:{first}\n"
+            "Results are cached: after mending files that rows only name, add --overwrite_cache true."
         )
     if not any(source["epoch_rows"] for source in sources):
         return "No row can be used."

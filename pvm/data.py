@@ -160,8 +160,8 @@ class Conversations:
 
     def __init__(self, name: str, dataset: Dataset, folder: Path | None = None, rows: Sequence[int] | None = None):
         self.name = name
-        self.dataset = dataset
         # Images are not decoded with the row, where an error could not be laid to one of them.
+        self.dataset = dataset.with_format("arrow")
         self.features = Features(undecoded(dataset.features))
         self.folder = folder
         self.rows = range(len(dataset)) if rows is None else rows
@@ -174,7 +174,7 @@ class Conversations:
         Raises:
             UserError: saying what is wrong with the row, not which it is; see `where`.
         """
-        (row,) = self.dataset.with_format("arrow")[self.rows[index]].to_pylist()
+        (row,) = self.dataset[self.rows[index]].to_pylist()
         return to_conversation(self.features.decode_example(row), self.folder)
 
     def where(self, index: int) -> str:
@@ -193,7 +193,7 @@ class Conversations:
 
     def column(self, name: str) -> list:
         """The values of a column of the data set, in these rows."""
-        return self.dataset.select(self.rows)[name][:]
+        return self.dataset.with_format(None).select(self.rows)[name][:]
 
 
 def undecoded(feature: Any) -> Any:
