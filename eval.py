@@ -5,7 +5,7 @@ The embedded default, after train.py has made the two checkpoints (no GPU, no ne
 
     python eval.py --config recipes/digits_eval.yaml
 
-Your own conversations (columns `images` and `messages`; a file, a folder or a Hub name):
+Your own conversations (a file, a folder or a Hub name; docs/data.md shows the forms of rows):
 
     python eval.py --model Qwen/Qwen3-VL-8B-Instruct runs/qwen3-vl-8b-pvm --names base PVM \\
         --dataset_name my_data --dataset_split test --output_dir runs/my_eval
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from tqdm import tqdm
@@ -38,8 +37,9 @@ from transformers import ProcessorMixin
 
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, processor_state
-from pvm.data import ConversationCollator, ConversationDataset, load_conversations
+from pvm.data import ConversationCollator, ConversationDataset, Conversations, load_conversations
 from pvm.errors import UserError
+from pvm.formats import message_text
 from pvm.metrics import (
     AccuracyByDepth,
     AccuracyByDistance,
@@ -67,7 +67,8 @@ class EvalArguments:
     )
     dataset_name: str = field(
         metadata={
-            "help": "A .json, .jsonl or .parquet file, a folder of those, or a Hub name; columns images, messages."
+            "help": "A .json, .jsonl or .parquet file, a folder of those, or a Hub name. docs/data.md shows the forms "
+            "that rows may have."
         }
     )
     output_dir: str = field(metadata={"help": "Where the report goes."})
@@ -132,13 +133,12 @@ class Prompts:
     The rows of a data set as inputs to generate from, made once for all models with the same processor.
 
     Args:
-        dataset (`datasets.Dataset`): conversations.
+        conversations (`Conversations`): the rows.
         processor (`ProcessorMixin`): of the model.
-        name (`str`): how error messages call the data set.
     """
 
-    def __init__(self, dataset: Dataset, processor: ProcessorMixin, name: str):
-        self.dataset = ConversationDataset(dataset, processor, name, prompt_only=True)
+    def __init__(self, conversations: Conversations, processor: ProcessorMixin):
+        self.dataset = ConversationDataset(conversations, processor, prompt_only=True)
         self.lengths: list[int] = []
         self.distances: list[int | None] = []
         self.kept: list[dict[str, torch.Tensor] | None] = []
@@ -167,25 +167,17 @@ def piece_depths(text: str, pattern: str, tokenizer) -> list[int]:
     return [bisect_right(ends, match.start()) for match in re.finditer(pattern, text)]
 
 
-def read_questions(
-    dataset: Dataset, rows: Sequence[int], group_by: str | None, pattern: str, tokenizer
-) -> list[Question]:
-    """The questions of a data set, distances still missing. `rows` are their indices in the split."""
-    groups = ["all"] * len(dataset) if group_by is None else [str(value) for value in dataset[group_by]]
+def read_questions(conversations: Conversations, group_by: str | None, pattern: str, tokenizer) -> list[Question]:
+    """The questions of a data set that [`Prompts`] has been through, distances still missing."""
+    groups = ["all"] * len(conversations) if group_by is None else map(str, conversations.column(group_by))
     questions = []
-    for row, group, messages in zip(rows, groups, dataset["messages"]):
-        users = [message for message in messages if message["role"] == "user"]
+    for row, group, conversation in zip(conversations.rows, groups, conversations):
+        users = [message for message in conversation.messages if message["role"] == "user"]
         question = message_text(users[-1]) if users else ""
-        reference = message_text(messages[-1])
+        reference = message_text(conversation.messages[-1])
         depths = piece_depths(reference, pattern, tokenizer)
         questions.append(Question(row, group, question[-QUESTION_TAIL:], reference, depths))
     return questions
-
-
-def message_text(message: dict[str, Any]) -> str:
-    """The text of a message, whose content is a string or a list of parts."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def answer_limit(reference: str, tokenizer) -> int:
@@ -347,26 +339,23 @@ def prepare_output(output_dir: Path, overwrite: bool) -> None:
         old.unlink()
 
 
-def load_rows(arguments: EvalArguments) -> tuple[Dataset, list[int]]:
+def load_rows(arguments: EvalArguments) -> Conversations:
     """
-    The conversations to evaluate on, and their indices in the split.
+    The conversations to evaluate on.
 
     Raises:
         UserError: if there are none, or the column to group by does not fit.
     """
-    dataset = load_conversations(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
-    if len(dataset) == 0:
-        raise UserError(f"{arguments.dataset_name}, split {arguments.dataset_split}, has no rows.")
+    conversations = load_conversations(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
     column = arguments.group_by
     if column is not None:
-        if column not in dataset.column_names:
-            raise UserError(f"--group_by {column}: the data set's columns are {', '.join(dataset.column_names)}.")
-        values = len(set(map(str, dataset[column])))
+        columns = conversations.dataset.column_names
+        if column not in columns:
+            raise UserError(f"--group_by {column}: the data set's columns are {', '.join(columns)}.")
+        values = len(set(map(str, conversations.column(column))))
         if values > MAX_GROUPS:
             raise UserError(f"--group_by {column}: it has {values} values, and at most {MAX_GROUPS} make a report.")
-    count = min(arguments.max_samples or len(dataset), len(dataset))
-    rows = [k * len(dataset) // count for k in range(count)]
-    return dataset.select(rows), rows
+    return conversations.sample(arguments.max_samples)
 
 
 def check(arguments: EvalArguments) -> list[str]:
@@ -396,7 +385,7 @@ def check(arguments: EvalArguments) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     (args,) = parse_arguments((EvalArguments,), __doc__, arguments)
     names = check(args)
-    dataset, rows = load_rows(args)
+    conversations = load_rows(args)
     output_dir = Path(args.output_dir)
     prepare_output(output_dir, args.overwrite)
 
@@ -409,10 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = checkpoint.processor.tokenizer
         state = processor_state(checkpoint.processor)
         if state != prompts_state:
-            prompts, prompts_state = Prompts(dataset, checkpoint.processor, args.dataset_name), state
+            prompts, prompts_state = Prompts(conversations, checkpoint.processor), state
         if not questions:
             # Distance and depth are measured in the first model's tokens, so that all share one axis.
-            questions = read_questions(dataset, rows, args.group_by, args.scored_pattern, tokenizer)
+            questions = read_questions(conversations, args.group_by, args.scored_pattern, tokenizer)
             for question, distance in zip(questions, prompts.distances):
                 question.distance = distance
         limits = [args.max_new_tokens or answer_limit(question.reference, tokenizer) for question in questions]
@@ -436,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = {
         "arguments": asdict(args),
-        "rows": len(rows),
+        "rows": len(conversations),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "peft", "datasets", "evaluate")},

@@ -6,10 +6,12 @@ On the embedded default (real handwritten digits, a tiny Qwen3-VL; no GPU, no ne
     python train.py --config recipes/digits_pvm.yaml
     python train.py --config recipes/digits_pvm.yaml --seed 1 --output_dir runs/digits_pvm_seed1
 
-On a real model and your own conversations (columns `images` and `messages`; a file, a folder or a Hub name):
+On a real model and your own conversations (files, folders or Hub names; docs/data.md shows the forms of rows):
 
     python train.py --model_name_or_path Qwen/Qwen3-VL-8B-Instruct --dataset_name my_data.jsonl --bf16 true \\
         --output_dir runs/qwen3-vl-8b-pvm
+
+With `--dry_run true` the same line checks the data, shows what is in it, and loads no model.
 
 Controls for a claim about PVM: the same line with `--method lora`, `mlp` (as many parameters, no image) or `full`. On
 several GPUs: `accelerate launch --config_file recipes/accelerate/ddp.yaml train.py ...`. An interrupted run goes on
@@ -19,7 +21,6 @@ with `--resume_from_checkpoint last`. All of transformers' TrainingArguments are
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -30,26 +31,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import load_processor
-from pvm.data import ConversationCollator, ConversationDataset, load_conversations
+from pvm.checks import REPORTS, load_training_data
+from pvm.data import ConversationCollator, DataArguments
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, count_parameters, load_model
 from pvm.trainer import STAGING, PVMTrainer, PVMTrainingArguments
-
-
-@dataclass
-class DataArguments:
-    """The conversations to learn from."""
-
-    dataset_name: str = field(
-        metadata={
-            "help": "A .json, .jsonl or .parquet file, a folder of those, or a Hub name; columns images, messages."
-        }
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "E.g. `train` or `train[:1000]`."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest conversation in tokens. A longer one is an error; nothing is cut."}
-    )
 
 
 def parameter_table(model) -> Table:
@@ -81,7 +67,8 @@ def find_checkpoint(arguments: PVMTrainingArguments) -> str | None:
         if not Path(resume).is_dir():
             raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
         return resume
-    if output_dir.is_dir() and any(path.name != STAGING for path in output_dir.iterdir()):
+    leftovers = (STAGING, *REPORTS)
+    if output_dir.is_dir() and any(file.name not in leftovers for file in output_dir.iterdir()):
         raise UserError(
             f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
             + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
@@ -94,14 +81,14 @@ def main(arguments: list[str] | None = None) -> None:
         (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
     )
     console = Console(soft_wrap=True, quiet=training_args.process_index > 0)
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
     set_seed(training_args.seed)
 
     name = model_args.model_name_or_path
-    conversations = load_conversations(data_args.dataset_name, data_args.dataset_split, data_args.dataset_config)
     processor = load_processor(name, model_args.model_revision)
-    dataset = ConversationDataset(conversations, processor, data_args.dataset_name, data_args.max_length)
-    dataset[0]  # a data set of another form is found out before the model is loaded
+    dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
+    if data_args.dry_run:
+        return
     model = load_model(model_args)
     console.print(parameter_table(model))
 

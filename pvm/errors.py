@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user can mend; the message says what is wrong, where, and what to do."""
+
+
+class SetupError(UserError):
+    """A `UserError` that met a row but lies elsewhere: it stops a run even where rows that are bad are skipped."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
@@ -19,7 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
 
 from .callbacks import BranchGradients, StopOnSigterm, whole
-from .data import IGNORE_INDEX
+from .data import IGNORE_INDEX, ConversationStream
 from .errors import UserError
 from .methods import PEFT_ORIGINAL, pvm_blocks
 
@@ -111,6 +112,21 @@ class PVMTrainer(Trainer):
             **optimizer_kwargs,
         )
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in random order, as `Trainer` makes it; those of a stream as they come."""
+        if not isinstance(self.train_dataset, ConversationStream):
+            return super().get_train_dataloader()
+        # Each rank's stream is its own share already. accelerate would share it out once more, or let one rank read
+        # for all and cut batches along their first dimension, which is another one for pixels than for tokens.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every logged loss comes with each branch's gate and the norm of its gradient."""

@@ -8,7 +8,7 @@ import torch
 from datasets import load_dataset
 
 from pvm.checkpoints import load_checkpoint
-from pvm.data import ConversationCollator, ConversationDataset
+from pvm.data import ConversationCollator, ConversationDataset, Conversations
 from pvm.digits import data, world
 from pvm.digits.backbone import build_tokenizer
 
@@ -64,7 +64,7 @@ def test_the_backbone_that_ships_sees_and_forgets(folder):
     for filler in (0, 1024):
         chosen = rows.filter(lambda row, filler=filler: row["task"] == "cell" and row["filler"] == filler)
         chosen = chosen.select(range(48))
-        prompts = ConversationDataset(chosen, checkpoint.processor, "digits", prompt_only=True)
+        prompts = ConversationDataset(Conversations("digits", chosen), checkpoint.processor, prompt_only=True)
         collator = ConversationCollator(checkpoint.processor.tokenizer.pad_token_id, "left")
         batch = collator([prompts[index] for index in range(len(chosen))])
         with torch.no_grad():

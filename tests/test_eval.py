@@ -222,10 +222,10 @@ def test_distance_and_depths(base, data):
 
     near, far, read = (tokens_after_image(question) for question in ("Cell?", f"{FILLER}Cell?", "Read."))
     assert far > near + 30
-    prompts = eval_script.Prompts(rows, processor, "data")
+    prompts = eval_script.Prompts(rows, processor)
     assert prompts.distances == [near] * 3 + [far] * 3 + [read] * 5 + [None]
 
-    questions = eval_script.read_questions(rows, range(len(rows)), "task", r"\d", tokenizer)
+    questions = eval_script.read_questions(rows, "task", r"\d", tokenizer)
     assert questions[0].depths == [0] and questions[0].reference == "0" and questions[0].question == "Cell?"
     answer = questions[6]
     assert answer.group == "read" and answer.reference == "the digit 0 the digit 1 the digit 2 the digit 3"
@@ -243,7 +243,7 @@ def test_batches_hold_equal_limits_and_like_lengths():
 def test_batches_answer_as_single_rows_do(folder, data, request):
     checkpoint = load_checkpoint(str(request.getfixturevalue(folder)))
     checkpoint.model.double()  # an untrained model's logits nearly tie, and float32 rounds differently in a batch
-    prompts = eval_script.Prompts(load_conversations(str(data), "test"), checkpoint.processor, "data")
+    prompts = eval_script.Prompts(load_conversations(str(data), "test"), checkpoint.processor)
     limits = [random.Random(k).choice([8, 16]) for k in range(len(prompts.lengths))]
     together, cut = eval_script.answer(checkpoint, prompts, limits, 5, "batched")
     assert (together, cut) == eval_script.answer(checkpoint, prompts, limits, 1, "one by one")
@@ -253,7 +253,7 @@ def test_batches_answer_as_single_rows_do(folder, data, request):
 def test_rows_beyond_the_kept_bytes_are_processed_again(base, data, monkeypatch):
     monkeypatch.setattr(eval_script, "KEPT_BYTES", 0)
     processor = AutoProcessor.from_pretrained(base)
-    prompts = eval_script.Prompts(load_conversations(str(data), "test"), processor, "data")
+    prompts = eval_script.Prompts(load_conversations(str(data), "test"), processor)
     assert prompts.kept == [None] * 12 and len(prompts[3]["input_ids"]) == prompts.lengths[3]
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 import train
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
-from pvm.data import ConversationCollator, ConversationDataset, conversation, load_conversations
+from pvm.data import DataArguments
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
 from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
@@ -24,10 +24,6 @@ from training import PVM, run
 
 
 @pytest.fixture(scope="module")
-def processor(base):
-    return AutoProcessor.from_pretrained(base)
-
-
 @pytest.fixture(scope="module")
 def pvm_run(base, conversations, tmp_path_factory) -> Path:
     flags = ("--gate_learning_rate", "0.05", "--save_steps", "2")
@@ -185,119 +181,25 @@ def test_last_needs_a_checkpoint(base, conversations, tmp_path):
         run(base, conversations, tmp_path / "new", *PVM, "--resume_from_checkpoint", "last")
 
 
-# Data
-
-
-def test_labels_are_the_assistants_turns(processor, conversations):
-    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
-    example = dataset[4]
-    labelled = example["labels"] != -100
-    assert processor.tokenizer.decode(example["labels"][labelled]) == "4<|im_end|>7<|im_end|>"
-    assert torch.equal(example["input_ids"][labelled], example["labels"][labelled])
-
-
-def test_a_prompt_ends_where_the_answer_begins(processor, conversations):
-    rows = load_conversations(str(conversations), "train")
-    text = processor.tokenizer.decode(ConversationDataset(rows, processor, "data", prompt_only=True)[4]["input_ids"])
-    assert text.endswith("Cell second bravo?<|im_end|>\n<|im_start|>assistant\n")
-    assert "4<|im_end|>" in text  # the earlier turn stays
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_collator_pads_and_keeps_every_image(processor, conversations, side):
-    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
-    examples = [dataset[4], dataset[5], dataset[6]]  # the middle one has no image and is shorter
-    batch = ConversationCollator(processor.tokenizer.pad_token_id, side)(examples)
-    lengths = [len(example["input_ids"]) for example in examples]
-    assert batch["attention_mask"].sum(1).tolist() == lengths and lengths[1] < lengths[0]
-    assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    assert batch["image_grid_thw"].shape == (2, 3)
-    assert torch.equal(batch["pixel_values"], torch.cat([examples[0]["pixel_values"], examples[2]["pixel_values"]]))
-    assert batch["mm_token_type_ids"].sum(1).tolist() == [16, 0, 16]
+# Data: see also test_data.py
 
 
 def test_batches_without_an_image_train(base, conversations, tmp_path):
-    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
-    text_only = tmp_path / "text.jsonl"
-    text_only.write_text("".join(json.dumps({**row, "images": []}) + "\n" for row in rows))
-    after = load_file(run(base, text_only, tmp_path / "run", *PVM) / "model.safetensors")
+    """Three rows without an image before one that has one: the branches' gradients are zero, not missing."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()][:4]
+    rows = [{**row, "images": []} for row in rows[:3]] + [{**rows[3], "images": [str(conversations.parent / "3.png")]}]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--max_steps", "1", "--train_sampling_strategy", "sequential")
+    after = load_file(run(base, tmp_path / "mixed.jsonl", tmp_path / "run", *PVM, *flags) / "model.safetensors")
     gates = [weight for name, weight in after.items() if name.endswith("gate_alpha")]
-    assert len(gates) == 3 and all(gate.item() == 0 for gate in gates)  # zero gradients, not missing ones
-
-
-def row(**changes) -> dict:
-    messages = [{"role": "user", "content": "Cell?"}, {"role": "assistant", "content": "7"}]
-    return {"images": [], "messages": messages, **changes}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (row(messages=[{"role": "human", "content": "a"}]), "role 'human'"),
-        (row(messages=[{"role": "user", "content": "a"}]), "last message must be the assistant's"),
-        (row(messages=[{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]), "message 0.*empty"),
-        (
-            row(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]),
-            "no text",
-        ),
-        (row(messages=[{"role": "user", "content": [{"type": "sound"}]}]), "type 'sound'"),
-        (
-            row(messages=[{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]),
-            "0 images, but 1 image placeholders",
-        ),
-    ],
-)
-def test_bad_rows_are_refused_in_words(bad, message):
-    with pytest.raises(UserError, match=message):
-        conversation(bad)
-
-
-def test_errors_name_data_set_and_row(processor, conversations):
-    rows = load_conversations(str(conversations), "train")
-    with pytest.raises(UserError, match=r"data, row 3: the conversation has \d+ tokens, and max_length is 30"):
-        ConversationDataset(rows, processor, "data", max_length=30)[3]
-    (conversations.parent / "0.png").rename(conversations.parent / "moved.png")
-    try:
-        with pytest.raises(UserError, match="data, row 0: .*0.png"):
-            ConversationDataset(rows, processor, "data")[0]
-    finally:
-        (conversations.parent / "moved.png").rename(conversations.parent / "0.png")
-
-
-def test_a_placeholder_in_the_text_is_an_error_with_its_row(processor, conversations, tmp_path):
-    rows = [json.loads(line) for line in conversations.read_text().splitlines()][:2]
-    rows[1]["messages"][0]["content"] = "What is <|image_pad|>?"
-    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = ConversationDataset(load_conversations(str(tmp_path / "data.jsonl"), "train"), processor, "data")
-    with pytest.raises(UserError, match="data, row 1: "):
-        dataset[1]
-
-
-def test_data_sets_of_another_form_are_refused(tmp_path):
-    (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(UserError, match="columns question, answer, but no `images`"):
-        load_conversations(str(tmp_path / "other.jsonl"), "train")
-    with pytest.raises(UserError, match="Cannot load split `test`"):
-        load_conversations(str(tmp_path / "other.jsonl"), "test")
-    with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
-        load_conversations("no/such", "train")
-    with pytest.raises(UserError, match="missing.jsonl: no such file"):
-        load_conversations(str(tmp_path / "missing.jsonl"), "train")
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="empty.jsonl is empty"):
-        load_conversations(str(tmp_path / "empty.jsonl"), "train")
-    (tmp_path / "other.txt").write_text("a")
-    with pytest.raises(UserError, match=r"must end in one of \.json"):
-        load_conversations(str(tmp_path / "other.txt"), "train")
+    assert len(gates) == 3 and all(gate.item() == 0 for gate in gates)
 
 
 # Arguments
 
 
 def parse(*arguments: str) -> tuple:
-    return parse_arguments((ModelArguments, train.DataArguments, PVMTrainingArguments), "help", list(arguments))
+    return parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "help", list(arguments))
 
 
 def test_flags_win_over_the_recipe(tmp_path):
@@ -306,7 +208,7 @@ def test_flags_win_over_the_recipe(tmp_path):
         "model_name_or_path: base\ndataset_name: data\npvm_layers: [0, 2]\nlearning_rate: 0.5\nbf16: false\n"
     )
     model, data, training = parse("--config", str(recipe), "--learning_rate", "0.25", "--output_dir", str(tmp_path))
-    assert model.pvm_layers == [0, 2] and data.dataset_name == "data" and training.learning_rate == 0.25
+    assert model.pvm_layers == [0, 2] and data.dataset_name == ["data"] and training.learning_rate == 0.25
 
 
 @pytest.mark.parametrize(

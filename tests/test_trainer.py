@@ -29,7 +29,7 @@ def model_arguments(base, method: str, **fields) -> ModelArguments:
 def batch(base, conversations) -> dict[str, torch.Tensor]:
     """Three conversations of different length; the second has no image."""
     processor = AutoProcessor.from_pretrained(base)
-    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor, "data")
+    dataset = ConversationDataset(load_conversations(str(conversations), "train"), processor)
     return ConversationCollator(processor.tokenizer.pad_token_id)([dataset[4], dataset[5], dataset[6]])
 
 

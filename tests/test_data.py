@@ -1,0 +1,678 @@
+"""From data sets of every form to batches: what is read, refused, checked, mixed and streamed."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value, Video
+from datasets import Image as DatasetImage
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+import eval as eval_script
+import pvm.data
+import train
+from pvm import checks
+from pvm.checks import check_rows, load_training_data
+from pvm.data import (
+    ConversationCollator,
+    ConversationDataset,
+    ConversationEncoder,
+    Conversations,
+    ConversationStream,
+    DataArguments,
+    Mixture,
+    load_conversations,
+    load_stream,
+)
+from pvm.errors import UserError
+from pvm.formats import Conversation, to_conversation
+from pvm.trainer import PVMTrainingArguments
+
+
+BACKBONE = Path(__file__).parents[1] / "assets" / "digits-backbone"
+
+# The part of Qwen3-VL-Instruct's own template that conversations without tools go through.
+QWEN3_VL_TEMPLATE = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].content is string %}
+        {{- messages[0].content }}
+    {%- else %}
+        {%- for content in messages[0].content %}
+            {%- if 'text' in content %}
+                {{- content.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for content in message.content %}
+                {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
+                    {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+                {%- elif content.type == 'video' or 'video' in content %}
+                    {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+                {%- elif 'text' in content %}
+                    {{- content.text }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for content_item in message.content %}
+                {%- if 'text' in content_item %}
+                    {{- content_item.text }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(BACKBONE)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Checks cached by one test are not found by another."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    """A folder with 0.png to 3.png (32 x 32: 16 tokens), a broken picture, and clip.mp4 (3 s at 8 frames a second)."""
+    av = pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("media")
+    for index in range(4):
+        Image.new("RGB", (32, 32), (60 * index, 100, 50)).save(folder / f"{index}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "broken.mp4").write_bytes(b"no video")
+    with av.open(folder / "clip.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for brightness in range(0, 240, 10):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), brightness, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return folder
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def text(value: str) -> dict:
+    return {"type": "text", "text": value}
+
+
+IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> str:
+    """A data file beside the media; its path."""
+    content = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+def rows_of(count: int, images: bool = True) -> list[dict]:
+    messages = [[user("Cell alpha?"), assistant(str(index % 10))] for index in range(count)]
+    return [
+        {"images": [f"{index % 4}.png"] if images else [], "messages": turns} for index, turns in enumerate(messages)
+    ]
+
+
+# One internal form
+
+
+FORMS = {
+    "messages": {"images": ["a.png"], "messages": [user("What?"), assistant("A cat.")]},
+    "messages with parts": {"images": ["a.png"], "messages": [user([IMAGE, text("What?")]), assistant("A cat.")]},
+    "messages with marks": {"images": ["a.png"], "messages": [user("<image>\nWhat?"), assistant("A cat.")]},
+    "one image": {"image": "a.png", "messages": [user("What?"), assistant("A cat.")]},
+    "prompt and completion": {"images": ["a.png"], "prompt": "What?", "completion": "A cat."},
+    "conversational prompt": {"images": ["a.png"], "prompt": [user("What?")], "completion": [assistant("A cat.")]},
+    "llava": {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_becomes_the_same_conversation(form, tmp_path):
+    conversation = to_conversation(FORMS[form], tmp_path)
+    assert conversation.messages == [user([IMAGE, text("What?")]), assistant([text("A cat.")])]
+    assert conversation.images == [{"path": str(tmp_path / "a.png"), "bytes": None}] and conversation.videos == []
+    assert conversation.given == (1 if "prompt" in FORMS[form] else 0)
+
+
+def test_the_examples_of_the_documentation_are_what_it_says(processor, media):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = [json.loads(row) for row in re.findall(r"^\| .* \| `(\{.*\})` \|$", page, re.MULTILINE)]
+    for name in ("cat", "dog"):
+        (media / f"{name}.png").write_bytes((media / "0.png").read_bytes())
+    visual_tokens = []
+    for row in examples:
+        rows = load_conversations(write(media, "example.jsonl", [row]), "train")
+        visual_tokens.append(int((ConversationDataset(rows, processor)[0]["mm_token_type_ids"] > 0).sum()))
+    assert visual_tokens == [16, 16, 16, 16, 16, 32, 48, 32, 0]
+
+
+def test_marks_are_places_in_the_users_texts_only():
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "First <image> then\n<video>\nand?"},
+        {"from": "gpt", "value": "An <image> tag."},
+    ]
+    conversation = to_conversation({"images": ["/a.png"], "video": "/b.mp4", "conversations": turns})
+    assert conversation.messages == [
+        {"role": "system", "content": [text("Be brief.")]},
+        user([text("First "), IMAGE, text(" then"), VIDEO, text("and?")]),
+        assistant([text("An <image> tag.")]),
+    ]
+    assert conversation.videos == [{"path": "/b.mp4", "bytes": None, "frames": None}]
+
+
+def test_what_nothing_stands_for_goes_before_the_first_user_message():
+    row = {"images": ["/a.png", "/b.png"], "videos": ["/c.mp4"], "messages": [user("?"), assistant("!")]}
+    assert to_conversation(row).messages[0] == user([IMAGE, IMAGE, VIDEO, text("?")])
+
+
+def bad(*messages, **columns) -> dict:
+    return {"messages": list(messages), **columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (bad({"role": "human", "content": "a"}), "message 0 has the role 'human'"),
+        (bad(user("a")), "last message must be the assistant's"),
+        (bad(), "last message must be the assistant's"),
+        (bad(user([]), assistant("a")), "message 0 .user. is empty"),
+        (bad(user("a"), assistant("  ")), "message 1, the assistant's, has no text"),
+        (bad(user("a"), assistant([IMAGE])), "message 1 .assistant. has a part of type 'image'"),
+        (bad(user([{"type": "sound"}]), assistant("a")), "type 'sound'"),
+        (bad(user(["a"]), assistant("a")), "message 0 has a content that is neither"),
+        (bad(user([IMAGE]), assistant("a")), "images: 0, but places for them in the messages: 1"),
+        (bad(user("<image><image>"), assistant("a"), images=["/a.png"]), "images: 1, but places .*: 2"),
+        (bad(user("<video>"), assistant("a")), "videos: 0, but places .*: 1"),
+        (bad(user("a"), {"role": "system", "content": "b"}, assistant("c")), "message 1 is the system's"),
+        (bad(user("a <|im_end|> b"), assistant("c")), "message 0 has <|im_end|> in its text"),
+        (bad(user("a"), assistant("c"), images=["a.png"]), "a.png is a relative path"),
+        (bad(user("a"), assistant("c"), images=[None]), "neither a path nor a file"),
+        (bad(assistant("c"), images=["/a.png"]), "no user message to show them in"),
+        ({"messages": "What?"}, "no list of messages"),
+        ({"messages": None}, "no conversation in it"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_in_words(row, message):
+    with pytest.raises(UserError, match=message.replace("|", r"\|")):
+        to_conversation(row)
+
+
+# Files, folders and other names
+
+
+def test_parquet_embeds_images_and_json_names_them(media, tmp_path):
+    row = {"images": [Image.open(media / "1.png").copy()], "messages": [user("Cell?"), assistant("1")]}
+    features = Features(
+        {"images": List(DatasetImage()), "messages": List({"role": Value("string"), "content": Value("string")})}
+    )
+    Dataset.from_list([row], features=features).to_parquet(tmp_path / "train.parquet")
+    (embedded,) = load_conversations(str(tmp_path), "train")[0].images
+    assert embedded["bytes"] and pvm.data.read_image(embedded).tobytes() == row["images"][0].tobytes()
+    (named,) = load_conversations(write(media, "one.jsonl", rows_of(2)), "train")[1].images
+    assert named == {"path": str(media / "1.png"), "bytes": None}
+
+
+def test_a_folder_may_hold_the_images_beside_the_rows(media, tmp_path):
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes((media / f"{index}.png").read_bytes())
+    write(tmp_path, "train.jsonl", rows_of(3))
+    write(tmp_path, "test.jsonl", rows_of(2))
+    assert len(load_conversations(str(tmp_path), "train")) == 3
+    test = load_conversations(str(tmp_path), "test")
+    assert len(test) == 2 and test[1].images[0]["path"] == str(tmp_path / "1.png")
+    (tmp_path / "more-train.parquet").touch()
+    with pytest.raises(UserError, match="both JSON and Parquet"):
+        load_conversations(str(tmp_path), "train")
+
+
+def test_names_that_lead_to_no_conversations_are_refused(tmp_path):
+    other = write(tmp_path, "other.jsonl", [{"question": "a", "answer": "b"}])
+    with pytest.raises(UserError, match="other.jsonl: no known form has its columns, question, answer"):
+        load_conversations(other, "train")
+    both = write(tmp_path, "both.jsonl", [{"image": "a", "images": ["a"], "prompt": "b", "completion": "c"}])
+    with pytest.raises(UserError, match="both `images` and `image`"):
+        load_conversations(both, "train")
+    with pytest.raises(UserError, match="Cannot load split `test`"):
+        load_conversations(other, "test")
+    with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
+        load_conversations("no/such", "train")
+    with pytest.raises(UserError, match="missing.jsonl: no such file"):
+        load_conversations("missing.jsonl", "train")
+    with pytest.raises(UserError, match="--dataset_config v1: .* is a local data set"):
+        load_conversations(other, "train", "v1")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="empty.jsonl is empty"):
+        load_conversations(str(tmp_path / "empty.jsonl"), "train")
+    (tmp_path / "other.txt").write_text("a")
+    with pytest.raises(UserError, match=r"must end in one of \.json"):
+        load_conversations(str(tmp_path / "other.txt"), "train")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="bare"):
+        load_conversations(str(tmp_path / "bare"), "train")
+
+
+def test_rows_keep_their_numbers(media):
+    rows = load_conversations(write(media, "ten.jsonl", rows_of(10)), "train").sample(4)
+    assert rows.rows == [0, 2, 5, 7] and rows.select([1, 3]).rows == [2, 7]
+    assert [row.messages[1]["content"][0]["text"] for row in rows] == ["0", "2", "5", "7"]
+    assert rows.column("images") == [["0.png"], ["2.png"], ["1.png"], ["3.png"]]
+    assert rows.where(3).endswith("ten.jsonl, row 7")
+
+
+# Labels
+
+
+TURNS = Conversation(
+    [
+        {"role": "system", "content": [text("Read.")]},
+        user([text("Cell alpha?")]),
+        assistant([text("4")]),
+        user([text("Cell bravo?")]),
+        assistant([text("7")]),
+    ]
+)
+
+
+@pytest.mark.parametrize("template", [None, QWEN3_VL_TEMPLATE], ids=["digits", "qwen3-vl"])
+@pytest.mark.parametrize(
+    ("train_on", "given", "learned"),
+    [("all", 0, "4<|im_end|>7<|im_end|>"), ("last", 0, "7<|im_end|>"), ("all", 4, "7<|im_end|>")],
+)
+def test_labels_are_the_assistants_turns(template, train_on, given, learned):
+    processor = AutoProcessor.from_pretrained(BACKBONE)
+    processor.chat_template = template or processor.chat_template
+    conversation = Conversation(TURNS.messages, given=given)
+    example = ConversationEncoder(processor, train_on=train_on)(conversation)
+    labelled = example["labels"] != -100
+    assert processor.tokenizer.decode(example["labels"][labelled]) == learned
+    assert torch.equal(example["input_ids"][labelled], example["labels"][labelled])
+    assert processor.tokenizer.decode(example["input_ids"]) == (
+        "<|im_start|>system\nRead.<|im_end|>\n<|im_start|>user\nCell alpha?<|im_end|>\n<|im_start|>assistant\n4"
+        "<|im_end|>\n<|im_start|>user\nCell bravo?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>\n"
+    )
+
+
+def test_another_chat_format_is_refused():
+    processor = AutoProcessor.from_pretrained(BACKBONE)
+    processor.chat_template = "{% for message in messages %}{{ message.role }}: {% endfor %}"
+    with pytest.raises(UserError, match="made 0 .* turns of 2 answers"):
+        ConversationEncoder(processor)(TURNS)
+
+
+def test_a_prompt_ends_where_the_answer_begins(processor):
+    prompt = processor.tokenizer.decode(ConversationEncoder(processor, prompt_only=True)(TURNS)["input_ids"])
+    assert prompt.endswith("4<|im_end|>\n<|im_start|>user\nCell bravo?<|im_end|>\n<|im_start|>assistant\n")
+
+
+# Images, videos and batches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_collator_pads_and_keeps_every_image_and_video(processor, media, side):
+    rows = [
+        {"images": ["0.png", "1.png"], "videos": [], "messages": [user("Cell alpha?"), assistant("1")]},
+        {"images": [], "videos": [], "messages": [user("Name alpha."), assistant("alpha")]},
+        {"images": ["2.png"], "videos": ["clip.mp4"], "messages": [user("<video><image>?"), assistant("2")]},
+    ]
+    dataset = ConversationDataset(load_conversations(write(media, "mixed.jsonl", rows), "train"), processor)
+    examples = [dataset[0], dataset[1], dataset[2]]
+    batch = ConversationCollator(processor.tokenizer.pad_token_id, side)(examples)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert batch["attention_mask"].sum(1).tolist() == lengths and lengths[1] < lengths[0] < lengths[2]
+    assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert batch["image_grid_thw"].shape == (3, 3)
+    assert torch.equal(batch["pixel_values"], torch.cat([examples[0]["pixel_values"], examples[2]["pixel_values"]]))
+    # 3 seconds at 2 frames a second, two frames a step
+    assert batch["video_grid_thw"].tolist() == [[3, 8, 8]] and len(batch["pixel_values_videos"]) == 3 * 8 * 8
+    assert [(batch["mm_token_type_ids"] == kind).sum(1).tolist() for kind in (1, 2)] == [[32, 0, 16], [0, 0, 48]]
+
+
+def test_video_frames_are_those_of_the_file_at_their_times(processor, media):
+    row = {"videos": ["clip.mp4"], "messages": [user([VIDEO, text("Cell?")]), assistant([text("1")])]}
+    dataset = ConversationDataset(load_conversations(write(media, "video.jsonl", [row]), "train"), processor)
+    example = dataset[0]
+    brightness = example["pixel_values_videos"].view(3, -1).mean(dim=1).tolist()
+    assert brightness[0] < brightness[1] - 0.3 < brightness[2] - 0.6  # it grows by 10 of 255 a frame
+    prompt = processor.tokenizer.decode(example["input_ids"])
+    # Frames 0, 5, 9, 14, 18, 23 of 24, at 8 a second
+    assert [f"<{time} seconds>" in prompt for time in ("0.3", "1.4", "2.6")] == [True] * 3
+
+
+def test_a_video_may_be_a_list_of_pictures(processor, media):
+    row = {"videos": [[f"{index}.png" for index in range(4)]], "messages": [user("Cell?"), assistant("1")]}
+    dataset = ConversationDataset(load_conversations(write(media, "frames.jsonl", [row]), "train"), processor)
+    example = dataset[0]
+    assert example["video_grid_thw"].tolist() == [[2, 8, 8]]
+    image = processor.image_processor([Image.open(media / "3.png")], return_tensors="pt")["pixel_values"]
+    assert (example["pixel_values_videos"][-1, -16:] - image[-1, -16:]).abs().max() < 1e-5  # the last frame is 3.png
+    assert "<0.2 seconds>" in processor.tokenizer.decode(example["input_ids"])  # two frames a second
+
+
+def test_a_video_may_be_embedded(processor, media):
+    turns = [user("Cell?"), assistant("1")]
+    features = Features(
+        {"videos": List(Video()), "messages": List({"role": Value("string"), "content": Value("string")})}
+    )
+    row = {"videos": [{"path": None, "bytes": (media / "clip.mp4").read_bytes()}], "messages": turns}
+    embedded = Conversations("embedded", Dataset.from_list([row], features=features))
+    named = Conversations("named", Dataset.from_list([{"videos": ["clip.mp4"], "messages": turns}]), media)
+    expected, actual = (ConversationDataset(rows, processor)[0] for rows in (named, embedded))
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_without_pyav_a_run_with_videos_stops(processor, media, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ImportError("no module named av")
+
+    monkeypatch.setattr(pvm.data, "read_video_pyav", fail)
+    name = write(media, "video.jsonl", problem_rows()[8:])
+    with pytest.raises(UserError, match="pip install av"):
+        load(DataArguments([name], max_skipped=1.0), processor, tmp_path)
+    with pytest.raises(UserError, match="pip install av"):
+        take(stream([name], processor, tmp_path, max_skipped=1.0), 1)
+
+
+def test_errors_name_data_set_and_row(processor, media):
+    rows = load_conversations(write(media, "named.jsonl", rows_of(4)), "train")
+    with pytest.raises(UserError, match=r"named.jsonl, row 3: the conversation has 32 tokens \(16 of them visual\)"):
+        ConversationDataset(rows, processor, max_length=31)[3]
+    assert len(ConversationDataset(rows, processor, max_length=32)[3]["input_ids"]) == 32
+
+
+# Mixtures
+
+
+def test_mixtures_keep_weights_and_numbers(media):
+    parts = [load_conversations(write(media, f"{name}.jsonl", rows_of(count)), "train") for name, count in
+             (("many", 600), ("few", 200))]  # fmt: skip
+    one_after_the_other = Mixture(parts)
+    assert len(one_after_the_other) == 800 and one_after_the_other.where(799).endswith("few.jsonl, row 199")
+
+    drawn = Mixture(parts, [9, 1], seed=0)
+    share = sum(part == 0 for part, _ in drawn.places) / len(drawn)
+    assert share == pytest.approx(0.9, abs=0.03) and len(set(drawn.places)) == len(drawn)  # no row twice
+    assert drawn.places == Mixture(parts, [0.9, 0.1], seed=0).places != Mixture(parts, [9, 1], seed=1).places
+    everything = Mixture(parts, [9, 1], "all_exhausted", seed=0)
+    assert set(everything.places) == set(one_after_the_other.places) and len(everything) > 1500
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataset_weights": [1.0]}, "each of several data sets a number above 0; there are 2"),
+        ({"dataset_weights": [1.0, 0.0]}, "a number above 0"),
+        ({"dataset_split": ["a", "b", "c"]}, "--dataset_split has 3 values for 2 data sets"),
+        ({"max_samples": [0]}, "--max_samples 0: give a number from 1"),
+        ({"max_skipped": 2.0}, "--max_skipped 2.0: give a share"),
+        ({"stopping_strategy": "all_exhausted"}, "belongs to --dataset_weights"),
+        ({"streaming": True}, "with several data sets needs --dataset_weights"),
+        ({"streaming": True, "dry_run": True, "dataset_weights": [1, 1]}, "--dry_run reads all rows"),
+    ],
+)
+def test_contradicting_flags_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        DataArguments(["a", "b"], **flags)
+
+
+# The check before training
+
+
+def problem_rows() -> list[dict]:
+    turns = [user("Cell?"), assistant("1")]
+    return [
+        {"images": ["0.png"], "videos": [], "messages": turns},
+        {"images": ["no.png"], "videos": [], "messages": turns},
+        {"images": ["broken.png"], "videos": [], "messages": turns},
+        {"images": ["0.png"], "videos": [], "messages": [user("<image><image>"), assistant("1")]},
+        {"images": ["0.png"], "videos": [], "messages": [user("Cell?"), assistant("")]},
+        {"images": ["0.png"], "videos": [], "messages": [user("Cell " * 90), assistant("1")]},
+        {"images": [], "videos": ["broken.mp4"], "messages": turns},
+        {"images": [], "videos": ["no.mp4"], "messages": turns},
+        {"images": [], "videos": ["clip.mp4"], "messages": turns},
+    ]
+
+
+PROBLEMS = {
+    1: "no.png does not exist",
+    2: "broken.png cannot be read",
+    3: "images: 1, but places",
+    4: "has no text",
+    5: "max_length is 100",
+    6: "broken.mp4 cannot be read",
+    7: "no.mp4 does not exist",
+}
+
+
+def load(arguments: DataArguments, processor, output_dir: Path, needs_visuals: bool = True, **training):
+    args = PVMTrainingArguments(output_dir=str(output_dir), use_cpu=True, **training)
+    return load_training_data(arguments, args, processor, needs_visuals, Console(width=100, quiet=True))
+
+
+def skipped(output_dir: Path, name: str = "skipped_rows.jsonl") -> dict[int, str]:
+    lines = [json.loads(line) for line in (output_dir / name).read_text().splitlines()]
+    return {line["row"]: line["problem"] for line in lines}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_bad_rows_are_skipped_and_named(processor, media, tmp_path, num_workers):
+    name = write(media, "problems.jsonl", problem_rows())
+    arguments = DataArguments([name], max_length=100, max_skipped=0.8, preprocessing_num_workers=num_workers)
+    dataset = load(arguments, processor, tmp_path)
+    assert [dataset.conversations.where(index) for index in range(len(dataset))] == [
+        f"{name}, row 0",
+        f"{name}, row 8",
+    ]
+    named = skipped(tmp_path)
+    assert named.keys() == PROBLEMS.keys()
+    assert all(PROBLEMS[row] in problem for row, problem in named.items())
+
+
+def test_too_many_bad_rows_stop_the_run(processor, media, tmp_path):
+    name = write(media, "problems.jsonl", problem_rows())
+    with pytest.raises(UserError, match=r"7 of 9 rows cannot be used, more than --max_skipped 0.01.*\n.*row 1: "):
+        load(DataArguments([name], max_length=100), processor, tmp_path)
+    assert skipped(tmp_path).keys() == PROBLEMS.keys()
+
+
+def test_the_check_counts_what_training_sees_and_is_cached(processor, media, monkeypatch):
+    rows = load_conversations(write(media, "counted.jsonl", rows_of(5)), "train")
+    checked = check_rows(rows, processor, {"max_length": None, "train_on": "all"})
+    example = ConversationDataset(rows, processor)[4]
+    assert checked[4] == {
+        "row": 4, "problem": None, "length": len(example["input_ids"]), "visual_tokens": 16, "label_tokens": 2
+    }  # fmt: skip
+
+    def fail(*_):
+        raise AssertionError("gone through again")
+
+    monkeypatch.setattr(checks, "_check_row", fail)
+    again = check_rows(rows, processor, {"max_length": None, "train_on": "all"})
+    assert again[:] == checked[:]
+    for settings, overwrite in (({"max_length": 31, "train_on": "all"}, False),
+                                ({"max_length": None, "train_on": "all"}, True)):  # fmt: skip
+        with pytest.raises(AssertionError, match="gone through again"):
+            check_rows(rows, processor, settings, overwrite_cache=overwrite)
+
+
+def test_pvm_needs_an_image_and_other_methods_do_not(processor, media, tmp_path):
+    name = write(media, "text.jsonl", rows_of(3, images=False))
+    with pytest.raises(UserError, match="No row of .*text.jsonl has an image or a video, and --method pvm"):
+        load(DataArguments([name]), processor, tmp_path)
+    assert len(load(DataArguments([name]), processor, tmp_path, needs_visuals=False)) == 3
+
+
+def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, monkeypatch):
+    def fail(_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(train, "load_model", fail)
+    names = [write(media, "problems.jsonl", problem_rows()), write(media, "more.jsonl", rows_of(8))]
+    flags = ["--model_name_or_path", str(BACKBONE), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    train.main([*flags, "--dataset_name", *names, "--max_length", "100", "--dry_run", "true"])
+    report = json.loads((tmp_path / "dry_run.json").read_text())
+    assert [(source["rows"], source["refused"], source["epoch_rows"]) for source in report["sources"]] == [
+        (9, 7, 2),
+        (8, 0, 8),
+    ]
+    assert report["sources"][1]["tokens"] == 8 * 32 and report["sources"][1]["visual_tokens"] == 8 * 16
+    assert report["quantiles"]["half"]["length"] == 32 and report["quantiles"]["most"]["visual_tokens"] == 48
+    assert {row["row"] for row in report["refused"]} == set(PROBLEMS)
+    output = capsys.readouterr().out
+    assert "A training would stop here: 7 of 17 rows cannot be used" in output and "refused rows" in output
+    with pytest.raises(AssertionError, match="a model was loaded"):  # what the dry run wrote is in nobody's way
+        train.main([*flags, "--dataset_name", names[1]])
+
+
+# Streams
+
+
+def stream(names: list[str], processor, output_dir: Path, **flags) -> ConversationStream:
+    flags = {"shuffle_buffer_size": 1, **flags}
+    return load(DataArguments(names, streaming=True, **flags), processor, output_dir, max_steps=1)
+
+
+def take(dataset: ConversationStream, count: int) -> list:
+    return [example for example, _ in zip(dataset, range(count))]
+
+
+def test_a_stream_has_the_rows_of_the_data_set(processor, media, tmp_path):
+    rows = [{**row, "videos": []} for row in rows_of(3)] + problem_rows()[8:]
+    names = [write(media, "images_and_video.jsonl", rows)]
+    expected = load(DataArguments(names), processor, tmp_path)
+    examples = take(stream(names, processor, tmp_path), 9)  # twice all, and one
+    for index, example in enumerate(examples):
+        wanted = expected[index % 4]
+        assert example.keys() == wanted.keys() and all(torch.equal(example[key], wanted[key]) for key in wanted)
+
+
+def test_a_stream_skips_and_names_bad_rows(processor, media, tmp_path):
+    name = write(media, "problems.jsonl", problem_rows())
+    assert len(take(stream([name], processor, tmp_path, max_length=100, max_skipped=0.8), 5)) == 5
+    named = skipped(tmp_path, "skipped_rows-0-0.jsonl")
+    assert named.keys() == PROBLEMS.keys() and all(PROBLEMS[row] in problem for row, problem in named.items())
+    with pytest.raises(UserError, match="7 of the first 9 rows cannot be used, more than --max_skipped 0.5"):
+        take(stream([name], processor, tmp_path, max_length=100, max_skipped=0.5), 3)
+
+
+def test_a_stream_is_watched_before_its_end(processor, media, tmp_path, monkeypatch):
+    monkeypatch.setattr(pvm.data, "WATCH_AFTER", 4)
+    name = write(media, "problems.jsonl", problem_rows())
+    with pytest.raises(UserError, match="3 of the first 4 rows"):
+        take(stream([name], processor, tmp_path, max_length=100), 2)
+    text_only = write(media, "text.jsonl", rows_of(9, images=False))
+    with pytest.raises(UserError, match="None of the first 4 rows of .* has an image or a video"):
+        take(stream([text_only], processor, tmp_path), 9)
+
+
+def test_ranks_and_workers_share_a_stream(processor, media, tmp_path):
+    write(tmp_path, "a-train.jsonl", rows_of(6, images=False))
+    write(tmp_path, "b-train.jsonl", rows_of(6, images=False))
+    arguments = DataArguments([str(tmp_path)], streaming=True, shuffle_buffer_size=1)
+    answers = [
+        [row["messages"][1]["content"][0]["text"] for row in load_stream(arguments, 0, rank, 2)] for rank in range(2)
+    ]
+    assert [sorted(mine) for mine in answers] == [[str(index) for index in range(6)]] * 2
+
+    one_file = DataArguments([write(media, "ten.jsonl", rows_of(10))], streaming=True, shuffle_buffer_size=1)
+    shares = [[row["row"] for row in load_stream(one_file, 0, rank, 2)] for rank in range(2)]
+    assert shares == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+
+    dataset = ConversationStream(load_stream(arguments, 0), ConversationEncoder(processor), arguments, tmp_path)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+    digits = [processor.tokenizer.decode(example["labels"][-3:-2]) for example, _ in zip(loader, range(12))]
+    assert sorted(digits) == sorted(2 * [str(index) for index in range(6)])
+
+
+def test_a_stream_of_several_is_mixed_by_weight(media, tmp_path):
+    names = [write(media, "many.jsonl", rows_of(300)), write(media, "few.json", [FORMS["llava"]] * 100)]
+    arguments = DataArguments(names, dataset_weights=[0.8, 0.2], streaming=True, max_samples=[250, 100])
+    rows = [(row["dataset"], row["row"]) for row in load_stream(arguments, seed=0)]
+    share = sum(name == names[0] for name, _ in rows) / len(rows)
+    assert share == pytest.approx(0.8, abs=0.06) and len(set(rows)) == len(rows) > 200
+    assert rows == [(row["dataset"], row["row"]) for row in load_stream(arguments, seed=0)]
+
+
+def test_a_stream_needs_a_number_of_steps(processor, media, tmp_path):
+    arguments = DataArguments([write(media, "ten.jsonl", rows_of(10))], streaming=True)
+    with pytest.raises(UserError, match="--streaming true needs --max_steps"):
+        load(arguments, processor, tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_and_resuming_on_mixed_forms(media, tmp_path, streaming):
+    """Images, a video and text in one run, interrupted and gone on with: the same weights."""
+    names = [write(media, "images.jsonl", rows_of(6)), write(media, "video.jsonl", problem_rows()[8:])]
+    names.append(
+        write(media, "llava.json", [{**FORMS["llava"], "image": "2.png"}, {**FORMS["llava"], "image": "3.png"}])
+    )
+
+    def run(folder: str, *flags: str) -> dict[str, torch.Tensor]:
+        train.main(
+            ["--model_name_or_path", str(BACKBONE), "--pvm_hidden_size", "32", "--dataset_name", *names,
+             "--output_dir", str(tmp_path / folder), "--max_steps", "4", "--save_steps", "2", "--use_cpu", "true",
+             "--per_device_train_batch_size", "3", "--streaming", str(streaming), "--disable_tqdm", "true",
+             "--learning_rate", "1e-3", "--warmup_steps", "0", "--dataset_weights", "5", "3", "2", *flags]
+        )  # fmt: skip
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    whole = run("whole")
+    resumed = run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(weight.item() != 0 for name, weight in whole.items() if name.endswith("gate_alpha"))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_reads_every_form(processor, media, form):
+    row = {**FORMS[form], **{key: "0.png" if key == "image" else ["0.png"] for key in FORMS[form] if "image" in key}}
+    rows = load_conversations(write(media, "one.jsonl", [row]), "train")
+    prompts = eval_script.Prompts(rows, processor)
+    (question,) = eval_script.read_questions(rows, None, r"\S+", processor.tokenizer)
+    assert (question.question, question.reference, question.row) == ("What?", "A cat.", 0)
+    tail = processor.tokenizer("<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert prompts.distances == [len(tail)] and prompts[0]["pixel_values"].shape[0] == 64
