@@ -24,7 +24,6 @@ from training import PVM, run
 
 
 @pytest.fixture(scope="module")
-@pytest.fixture(scope="module")
 def pvm_run(base, conversations, tmp_path_factory) -> Path:
     flags = ("--gate_learning_rate", "0.05", "--save_steps", "2")
     return run(base, conversations, tmp_path_factory.mktemp("pvm") / "run", *PVM, *flags)
