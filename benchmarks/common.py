@@ -1,7 +1,5 @@
 """What the benchmarks share: shapes, a stock model and one with branches of the same weights, timing, tables."""
 
-import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
-
 import argparse
 import statistics
 import time
@@ -65,6 +63,16 @@ SHAPES = {
         },
         "tie_word_embeddings": False,
     },
+    "32B": {
+        "text_config": {
+            **REAL,
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+        },
+        "tie_word_embeddings": False,
+    },
 }
 ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 
@@ -78,13 +86,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def build(args: argparse.Namespace, depth: int = 2) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(
+    args: argparse.Namespace, depth: int = 2, pvm_layers: list[int] | None = None, **text_fields
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """
     The stock model and the one with branches, gates at 0.1, with random weights; what both have, they share.
 
     Args:
         args: the parsed command line.
-        depth (`int`): layers of the vision tower, which is a small one; only the time to first token runs it.
+        depth (`int`): layers of the vision tower, which is a small one.
+        pvm_layers, text_fields: what differs from the shape.
     """
     shape = SHAPES[args.shape]
     vision_config = {
@@ -96,12 +107,14 @@ def build(args: argparse.Namespace, depth: int = 2) -> tuple[torch.nn.Module, to
         "deepstack_visual_indexes": list(range(min(depth, 3))),
     }
     stock_config = transformers.Qwen3VLConfig(
-        text_config={**shape["text_config"], "rope_parameters": ROPE, "dtype": args.dtype},
+        text_config={**shape["text_config"], **text_fields, "rope_parameters": ROPE, "dtype": args.dtype},
         vision_config=vision_config,
         image_token_id=shape.get("image_token_id", IMAGE_TOKEN),
         tie_word_embeddings=shape["tie_word_embeddings"],
     )
-    config = Qwen3VLPVMConfig.from_stock(stock_config, pvm_hidden_size=shape.get("pvm_hidden_size", 512))
+    config = Qwen3VLPVMConfig.from_stock(
+        stock_config, pvm_layers=pvm_layers, pvm_hidden_size=shape.get("pvm_hidden_size", 512)
+    )
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
