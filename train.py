@@ -34,7 +34,7 @@ from pvm.checkpoints import load_processor
 from pvm.checks import REPORTS, load_training_data
 from pvm.data import ConversationCollator, DataArguments
 from pvm.errors import UserError
-from pvm.methods import ModelArguments, count_parameters, load_model
+from pvm.methods import ModelArguments, count_parameters, load_model, model_config
 from pvm.trainer import STAGING, PVMTrainer, PVMTrainingArguments
 
 
@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(training_args.seed)
 
     name = model_args.model_name_or_path
+    model_config(model_args)  # what does not fit is found out before the data is gone through
     processor = load_processor(name, model_args.model_revision)
     dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
     if data_args.dry_run:

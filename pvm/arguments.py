@@ -43,7 +43,10 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
     config, flags = config_parser.parse_known_args(arguments)
     if config.config is not None:
         flags = _recipe_as_flags(parser, Path(config.config)) + flags
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+    except ValueError as error:  # flags that contradict one another
+        parser.error(str(error))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_did_you_mean(parser, unknown[0])}")
     return tuple(parsed)

@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -24,7 +23,7 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 
 from .controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from .errors import UserError
-from .methods import pvm_blocks
+from .methods import load_weights, pvm_blocks, stored_config
 
 
 MODEL_CLASS = {
@@ -83,15 +82,9 @@ def checkpoint_kind(path: str) -> str:
     try:
         if find_adapter_config_file(path) is not None:
             return "adapter"
-        stored, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is no folder, and cannot be had from the Hub: {reason}") from error
-    if not stored:
-        raise UserError(
-            f"{path} has no config.json and no adapter_config.json, so it is no checkpoint. Name a folder that "
-            "train.py or save_pretrained wrote, or a Hub name."
-        )
+    except OSError:
+        pass  # what is no folder and not to be had is said next
+    stored = stored_config(path)
     model_type, architectures = stored.get("model_type"), stored.get("architectures")
     if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
         return "pvm"
@@ -124,12 +117,7 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
         return _load_adapter(path, dtype)
 
     device_map = "auto" if torch.cuda.is_available() else None
-    try:
-        model, info = MODEL_CLASS[kind].from_pretrained(
-            path, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
-    except ValueError as error:  # how the PVM class refuses a checkpoint, in a sentence
-        raise UserError(str(error)) from error
+    model, info = load_weights(MODEL_CLASS[kind], path, dtype=dtype, device_map=device_map)
     if info["missing_keys"]:
         raise UserError(
             f"{path} lacks {len(info['missing_keys'])} of its model's weights, e.g. {min(info['missing_keys'])}: they "

@@ -2,10 +2,12 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
@@ -73,6 +75,46 @@ class ModelArguments:
         return self.method in ("pvm", "pvm+lora", "mlp")
 
 
+def model_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """
+    The config of the model that is trained: all that can be found wrong before anything large is read.
+
+    Raises:
+        UserError: if flags contradict one another, or the checkpoint is not there or does not fit the method.
+    """
+    name, revision, method = arguments.model_name_or_path, arguments.model_revision, arguments.method
+    pvm_fields = {
+        "pvm_layers": arguments.pvm_layers,
+        "pvm_hidden_size": arguments.pvm_hidden_size,
+        "pvm_causal": arguments.pvm_causal,
+    }
+    pvm_fields = {key: value for key, value in pvm_fields.items() if value is not None}
+    if method == "full" and arguments.dtype not in ("auto", "float32"):
+        raise UserError(
+            f"--dtype {arguments.dtype} is for what stays frozen, and --method full trains everything, in float32. "
+            "Leave it out; for mixed precision give --bf16 true."
+        )
+    if arguments.load_in_4bit and method == "full":
+        raise UserError("--load_in_4bit is for what stays frozen, and --method full trains everything. Leave it out.")
+    if arguments.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if not arguments.has_branches and pvm_fields:
+        raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {method}.")
+
+    stored = stored_config(name, revision)
+    try:
+        if arguments.has_branches:
+            return _branched_config(BRANCHED[method].config_class, name, revision, stored, pvm_fields)
+    except ValueError as error:  # how our config refuses a checkpoint, in a sentence
+        raise UserError(str(error)) from error
+    if stored.get("model_type") != "qwen3_vl" or "pvm_layers" in stored.get("text_config", {}):
+        raise UserError(
+            f"--method {method} is a control and starts from a stock dense Qwen3-VL checkpoint; {name} is none (model "
+            f"type {stored.get('model_type')}, architectures {stored.get('architectures')})."
+        )
+    return AutoConfig.from_pretrained(name, revision=revision)
+
+
 def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     """
     The base model with everything frozen but what the method trains; that is float32.
@@ -80,37 +122,23 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     Raises:
         UserError: if the checkpoint does not fit the method, or flags contradict it.
     """
-    name, revision = arguments.model_name_or_path, arguments.model_revision
-    loading = {"revision": revision, "dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
-    pvm_fields = {
-        "pvm_layers": arguments.pvm_layers,
-        "pvm_hidden_size": arguments.pvm_hidden_size,
-        "pvm_causal": arguments.pvm_causal,
+    name, method = arguments.model_name_or_path, arguments.method
+    loading = {
+        "config": model_config(arguments),
+        "revision": arguments.model_revision,
+        "dtype": "float32" if method == "full" else arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
     }
-    pvm_fields = {key: value for key, value in pvm_fields.items() if value is not None}
-    if arguments.method == "full" and arguments.dtype not in ("auto", "float32"):
-        raise UserError(
-            f"--dtype {arguments.dtype} is for what stays frozen, and --method full trains everything, in float32. "
-            "Leave it out; for mixed precision give --bf16 true."
-        )
-    if not arguments.has_branches and pvm_fields:
-        raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {arguments.method}.")
-
     if arguments.load_in_4bit:
-        loading["quantization_config"] = _four_bit(arguments)
-
-    try:
-        if arguments.has_branches:
-            model_class = BRANCHED[arguments.method]
-            config = _branched_config(model_class.config_class, name, revision, pvm_fields)
-            model, info = model_class.from_pretrained(name, config=config, output_loading_info=True, **loading)
-        else:
-            _refuse_pvm_base(name, revision, arguments.method)
-            if arguments.method == "full":
-                loading["dtype"] = "float32"
-            model, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **loading)
-    except ValueError as error:  # how our config and model refuse a checkpoint, in a sentence
-        raise UserError(str(error)) from error
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
+            # Branches train, and the small vision tower and the head are worth their precision.
+            llm_int8_skip_modules=[r".*\.pvm_block", r".*\.visual", "lm_head"],
+        )
+    model_class = BRANCHED.get(method, AutoModelForImageTextToText)
+    model, info = load_weights(model_class, name, **loading)
     missing = sorted(key for key in info["missing_keys"] if ".pvm_block." not in key)
     if missing:
         raise UserError(
@@ -136,18 +164,46 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     return model
 
 
-def _four_bit(arguments: ModelArguments) -> BitsAndBytesConfig:
-    if arguments.method == "full":
-        raise UserError("--load_in_4bit is for what stays frozen, and --method full trains everything. Leave it out.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
-        # Branches train, and the small vision tower and the head are worth their precision.
-        llm_int8_skip_modules=[r".*\.pvm_block", r".*\.visual", "lm_head"],
-    )
+def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
+    """
+    The config.json of a folder or Hub name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{name} is no folder, and cannot be had from the Hub: {reason}") from error
+    if not stored:
+        raise UserError(
+            f"{name} has no config.json, so it is no checkpoint. Name a folder that train.py or save_pretrained "
+            "wrote, or a Hub name."
+        )
+    return stored
+
+
+def load_weights(
+    model_class: type[PreTrainedModel], name: str, **kwargs
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """
+    `model_class.from_pretrained`, with what it misses or did not expect.
+
+    Raises:
+        UserError: if the weights do not fit the config, or the class refuses them.
+    """
+    try:
+        return model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except ValueError as error:  # how our model refuses a checkpoint, in a sentence
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"The weights in {name} are of other shapes than its config.json says; the report above names them. They "
+            "do not belong together: get the complete checkpoint again."
+        ) from error
 
 
 def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:
@@ -160,11 +216,8 @@ def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:
 
 
 def _branched_config(
-    config_class: type[Qwen3VLPVMConfig], name: str, revision: str, pvm_fields: dict
+    config_class: type[Qwen3VLPVMConfig], name: str, revision: str, stored: dict[str, Any], pvm_fields: dict[str, Any]
 ) -> Qwen3VLPVMConfig:
-    stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    if not stored:
-        raise UserError(f"{name} has no config.json, so it is no checkpoint. Name a folder or Hub model that has one.")
     config = config_class.from_pretrained(name, revision=revision)
     if "pvm_layers" not in stored.get("text_config", {}):
         # A stock checkpoint: its branches are made here, so the flags decide.
@@ -178,15 +231,6 @@ def _branched_config(
                 "to train them on, or start from the stock checkpoint."
             )
     return config
-
-
-def _refuse_pvm_base(name: str, revision: str, method: str) -> None:
-    stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    if stored.get("model_type") != "qwen3_vl" or "pvm_layers" in stored.get("text_config", {}):
-        raise UserError(
-            f"--method {method} is a control and starts from a stock dense Qwen3-VL checkpoint; {name} is none (model "
-            f"type {stored.get('model_type')}, architectures {stored.get('architectures')})."
-        )
 
 
 @dataclass

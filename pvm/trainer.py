@@ -51,6 +51,8 @@ class PVMTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
+            raise UserError("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1.")
         if self.use_liger_kernel:
             raise UserError(
                 "--use_liger_kernel: liger-kernel chooses its kernels by model type and has none for a model with "
