@@ -95,7 +95,7 @@ class VisualMemory:
     complete: bool
 
     @property
-    def rope_delta(self) -> torch.LongTensor:
+    def last_rope_delta(self) -> torch.LongTensor:
         """`[batch, 1]`: rotary position minus number of tokens for the text that follows; 0 in rows without images."""
         present = self.positions != NO_POSITION
         last = self.positions.masked_fill(~present, -1).argmax(dim=1, keepdim=True)
@@ -128,6 +128,7 @@ class VisualMemory:
 class VisualMemoryLayerMixin:
     """Lets a [`VisualMemory`] follow whatever is done to the cache layer that it rides with."""
 
+    layer_class: type[CacheLayerMixin]
     visual_memory: VisualMemory | None = None
 
     def reset(self):
@@ -168,13 +169,14 @@ class VisualMemoryLayerMixin:
 
     def __reduce__(self):
         # The class is made at run time, so pickle (a prompt cache on disk) finds it by the layer class it extends.
-        return _new_layer, (type(self).__bases__[1],), self.__dict__
+        return _new_layer, (self.layer_class,), self.__dict__
 
 
 @functools.cache
 def _with_visual_memory(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
     # `_layer_type` must not be inherited: transformers would register the subclass for every cache made later.
-    return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), {"_layer_type": None})
+    attributes = {"layer_class": layer_class, "_layer_type": None, "__module__": __name__}
+    return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), attributes)
 
 
 def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
@@ -498,7 +500,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
 
         memory = read_visual_memory(past_key_values, self.config.pvm_layers[0])
         visual_embeds = routing = None
-        if visual_pos_masks is None and self.training and torch.is_grad_enabled():
+        if visual_pos_masks is None and memory is None and self.training and torch.is_grad_enabled():
             # A batch without an image runs one silenced query through each branch, so that every parameter gets its
             # (zero) gradient: without, the loss has no gradient at all and distributed ranks wait for each other.
             visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
@@ -509,7 +511,9 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 rope_deltas = torch.zeros_like(counts)
             else:  # 3 axes, or 4 of which the first is the count
                 counts = position_ids[0] if len(position_ids) == 4 else counts
-                rope_deltas = (position_ids[-3:].amax(dim=0) - counts).expand_as(visual_pos_masks)
+                # Text goes on after the largest position so far: in an image not always that of the last token.
+                reached = position_ids[-3:].amax(dim=0).cummax(dim=1).values
+                rope_deltas = (reached - counts).expand_as(visual_pos_masks)
             visual_index, routing = self._route(
                 visual_pos_masks, rope_deltas, memory, past_length, pack_queries=not record
             )
@@ -594,12 +598,12 @@ def _count_tokens(
 ) -> torch.LongTensor:
     """
     How many tokens of its row precede each of the `tokens` (`[batch, sequence, ...]`) of this pass: `[batch or 1,
-    sequence]`. Padding is not counted where the mask (`[batch, past + sequence]`) tells; one of another form does not.
+    sequence]`. Padding is not counted where the mask tells: `[batch, past + sequence]`, or longer for a static cache.
     """
-    length = tokens.shape[1]
+    positions = torch.arange(tokens.shape[1], device=tokens.device) + past_length
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)
-    return (torch.arange(length, device=tokens.device) + past_length)[None]
+        return (attention_mask.long().cumsum(dim=1) - 1)[:, positions].clamp(min=0)
+    return positions[None]
 
 
 def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
@@ -638,17 +642,51 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         given = {name for name, value in kwargs.items() if value is not None}
         # generate() of transformers 5.23 passes an empty dict of encoder outputs where there is nothing to encode.
         has_pixels = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
-        has_places = given & {"image_grid_thw", "video_grid_thw"} or (
-            "mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any()
-        )
+        has_grids = given & {"image_grid_thw", "video_grid_thw"}
+        has_places = has_grids or ("mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any())
         if "inputs_embeds" in given and has_places and not has_pixels:
             raise ValueError(
                 "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
                 "embeddings are merged in already, the PVM branches cannot know where. Pass `pixel_values` and leave "
-                "the placeholders' embeddings in `inputs_embeds`, or call `model.language_model(inputs_embeds=..., "
-                "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+                "the placeholders' embeddings in `inputs_embeds`, or call the decoder, `model.model.language_model("
+                "inputs_embeds=..., visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
             )
+        if has_grids and not has_pixels and "position_ids" not in given:
+            raise ValueError(
+                "Grids of images or videos came without `pixel_values`, so the placeholders would be read as text. "
+                "Pass both, or neither."
+            )
+        if has_pixels and "position_ids" not in given:
+            # Once images are merged into embeddings, nothing tells where they were.
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            kwargs["mm_token_type_ids"] = self._token_types(input_ids, kwargs.get("inputs_embeds"))
+            self._check_grids(kwargs["mm_token_type_ids"], kwargs.get("image_grid_thw"), kwargs.get("video_grid_thw"))
         return super().forward(*args, **kwargs)
+
+    def _token_types(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.LongTensor:
+        """`[batch, sequence]`: 1 for placeholders of images, 2 for those of videos, told as the stock model does."""
+        if inputs_embeds is None:
+            images, videos = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+        else:
+            images, videos = (mask[..., 0] for mask in self.get_placeholder_mask(None, inputs_embeds))
+        return images + 2 * videos
+
+    def _check_grids(
+        self,
+        mm_token_type_ids: torch.LongTensor,
+        image_grid_thw: torch.LongTensor | None,
+        video_grid_thw: torch.LongTensor | None,
+    ) -> None:
+        """Raise a `ValueError` unless the grids are those of the placeholders of this pass."""
+        for kind, name, grid in ((1, "image", image_grid_thw), (2, "video", video_grid_thw)):
+            found = int((mm_token_type_ids == kind).sum())
+            expected = 0 if grid is None else int(grid.prod(-1).sum()) // self.visual.spatial_merge_size**2
+            if grid is not None and found != expected:
+                raise ValueError(
+                    f"`{name}_grid_thw` describes {expected} {name} tokens, but this pass has {found}. When a cache "
+                    "is continued, pass pixels and grids of the new images and videos only, and as many placeholder "
+                    "tokens as they have; those in the cache are remembered."
+                )
 
     def compute_3d_position_ids(
         self,
@@ -658,7 +696,7 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         video_grid_thw: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
     ) -> torch.LongTensor | None:
         """
         Rotary positions `[3, batch, sequence]` of a pass for which none were given, `None` where tokens are merely
@@ -666,29 +704,24 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         brought; here that comes from the cache itself, and a pass that continues one may bring images of its own.
 
         Args:
-            input_ids, inputs_embeds (`[batch, sequence, ...]`): of this pass, one of them; only the shape is read.
-            mm_token_type_ids (`torch.IntTensor` `[batch, sequence]`, *optional*): 1 for image, 2 for video tokens.
+            input_ids (`torch.LongTensor` `[batch, sequence]`, *optional*): of this pass; its placeholders tell where
+                images and videos are.
+            inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`, *optional*): in place of `input_ids`.
+            mm_token_type_ids (`torch.LongTensor` `[batch, sequence]`, *optional*): 1 for image, 2 for video tokens;
+                read only if there are no `input_ids`.
             image_grid_thw, video_grid_thw (`torch.LongTensor` `[images, 3]`): of the images and videos of this pass.
-            attention_mask (`torch.Tensor` `[batch, past + sequence]`, *optional*): of all of the sequence.
+            attention_mask (`torch.Tensor` `[batch, past + sequence]`, *optional*): of all of the sequence; longer for
+                a static cache.
 
         Raises:
             ValueError: if positions cannot be known, or the grids are not those of the images of this pass.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, length = tokens.shape[:2]
-        grids = {1: image_grid_thw, 2: video_grid_thw}
-        has_grids = any(grid is not None for grid in grids.values())
-        if has_grids and mm_token_type_ids is None:
-            raise ValueError(
-                "Images or videos came without `mm_token_type_ids`, so the places of their tokens are not known. Pass "
-                "it (the processor returns it beside `input_ids`), or pass `position_ids`."
-            )
-        types = mm_token_type_ids[:, -length:] if has_grids else None
-        has_visual = has_grids and bool(types.any())
-
+        has_grids = image_grid_thw is not None or video_grid_thw is not None
         memory = read_visual_memory(past_key_values, self.config.text_config.pvm_layers[0])
         tells_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        if memory is None and not has_visual and (past_key_values is None or not tells_padding):
+        if memory is None and not has_grids and (past_key_values is None or not tells_padding):
             return None
         if attention_mask is not None and not tells_padding:
             raise ValueError(
@@ -696,25 +729,29 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
                 "rotary positions cannot be counted. Pass `position_ids`."
             )
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        rope_delta = 0 if memory is None else memory.rope_delta.to(tokens.device)
-        if not has_visual:
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            if attention_mask.shape[1] < past_length + length:
+                raise ValueError(
+                    f"`attention_mask` covers {attention_mask.shape[1]} tokens, but the cache holds "
+                    f"{int(past_length)} and this pass has {length}. Pass the mask of all of them."
+                )
+        rope_delta = 0
+        if memory is not None:
+            rope_delta = memory.last_rope_delta.to(tokens.device)
+            # A cache repeated for beams, before generate() repeats the tokens: rows side by side share their images.
+            rope_delta = rope_delta[:: len(rope_delta) // batch_size]
+        if not has_grids:
             return (_count_tokens(attention_mask, past_length, tokens) + rope_delta).expand(3, batch_size, -1)
 
-        for kind, grid in grids.items():
-            found = int((types == kind).sum())
-            expected = 0 if grid is None else int(grid.prod(-1).sum()) // self.visual.spatial_merge_size**2
-            if found != expected:
-                name = {1: "image", 2: "video"}[kind]
-                raise ValueError(
-                    f"`{name}_grid_thw` describes {expected} {name} tokens, but this pass has {found}. When a cache "
-                    "is continued, pass pixels and grids of the new images and videos only, and as many placeholder "
-                    "tokens as they have; those in the cache are remembered."
-                )
-        mask = None if attention_mask is None else attention_mask[:, -length:]
-        if mask is not None:  # a row that is all padding has no positions, but the stock method wants some
-            mask = mask.bool() | ~mask.bool().any(dim=1, keepdim=True)
-        position_ids, _ = self.get_rope_index(types.long(), types, image_grid_thw, video_grid_thw, mask)
-        past_tokens = past_length if mask is None else attention_mask[:, :-length].sum(dim=1, keepdim=True)
+        types = mm_token_type_ids if input_ids is None else self._token_types(input_ids, None)
+        self._check_grids(types, image_grid_thw, video_grid_thw)
+        mask = None
+        past_tokens = past_length
+        if attention_mask is not None:
+            past_tokens = attention_mask[:, :past_length].sum(dim=1, keepdim=True)
+            mask = attention_mask[:, past_length : past_length + length].bool()
+            mask = mask | ~mask.any(dim=1, keepdim=True)  # the stock method wants some tokens in every row
+        position_ids, _ = self.get_rope_index(types, types, image_grid_thw, video_grid_thw, mask)
         return position_ids + past_tokens + rope_delta
 
 
@@ -765,20 +802,16 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
                 f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To "
                 "continue a cache, pass all tokens, or the new ones with the `attention_mask` of all."
             )
-        types = model_kwargs.get("mm_token_type_ids")
-        if (
-            types is not None
-        ):  # one column for each of `inputs_tensor`; fewer if that has grown, as in assisted decoding
-            types = types[:, inputs_tensor.shape[1] - new_length :]
-            types = nn.functional.pad(types, (0, new_length - types.shape[1]))
+        new_tokens = inputs_tensor[:, -new_length:]
+        input_ids, inputs_embeds = (new_tokens, None) if new_tokens.ndim == 2 else (None, new_tokens)
         new_positions = self.model.compute_3d_position_ids(
-            input_ids=inputs_tensor[:, -new_length:],
-            inputs_embeds=None,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             image_grid_thw=model_kwargs.get("image_grid_thw"),
             video_grid_thw=model_kwargs.get("video_grid_thw"),
             attention_mask=model_kwargs.get("attention_mask"),
             past_key_values=cache,
-            mm_token_type_ids=types,
+            mm_token_type_ids=self.model._token_types(input_ids, inputs_embeds),
         )
         position_ids = counts.expand(4, inputs_tensor.shape[0], -1).clone()
         if new_positions is not None:

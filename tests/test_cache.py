@@ -290,6 +290,29 @@ def test_crop_everything_visual(model, kept):
     assert_same_logits(again.next_turn(), again.at_once()[:, kept:])
 
 
+def test_crop_inside_an_image(model):
+    """Text that follows stands after all that is left of it."""
+    conversation = Conversation(model, [[text(3), image(8, 8), text(4, 1)]])
+    conversation.next_turn()
+    for kept in range(conversation.length - 1, 4, -1):
+        conversation.cache.crop(kept - conversation.cache.get_seq_length())
+        next_position = model.model.compute_3d_position_ids(
+            torch.tensor([[9]]), None, attention_mask=torch.ones(1, kept + 1), past_key_values=conversation.cache
+        )
+        assert next_position.flatten().tolist() == [conversation.position_ids[:, 0, :kept].amax() + 1] * 3
+
+
+def test_text_in_training_leaves_the_memory_as_it_is(model):
+    """The silenced query that gives branches a gradient writes nothing where there is a memory to read."""
+    cache = DynamicCache(config=model.config)
+    model.train()
+    model(**tiny.inputs([text(3), image(), text(4, 1)]), past_key_values=cache, use_cache=True)
+    memory = cache.layers[1].visual_memory
+    for seed in range(3):
+        model(input_ids=torch.tensor([text(2, seed)]), past_key_values=cache, use_cache=True)
+    assert cache.layers[1].visual_memory is memory and memory.complete
+
+
 def test_crop_in_rows_with_different_images(model):
     conversation = Conversation(model, *ROWS)
     first = conversation.next_turn().shape[1]

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, Qwen3VLForConditionalGeneration
+from transformers import CompileConfig, DynamicCache, Qwen3VLForConditionalGeneration, StaticCache
 
 import tiny
 from modeling_qwen3vl_pvm import VisualMemoryLayerMixin
@@ -285,11 +285,89 @@ def test_all_images_of_a_continued_chat_are_refused(model):
         generate(model, tiny.inputs(row), past_key_values=chat.cache)
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["new pixels", "old pixels, too"])
+def test_pixels_of_another_pass_are_refused_by_forward(model, old):
+    """In a text turn, and in one with an image of its own."""
+    first, second = TURNS["an image each"]
+    cache = DynamicCache(config=model.config)
+    tiny.logits(model, tiny.inputs(first), past_key_values=cache, use_cache=True)
+    batch = tiny.inputs(second if old else [text(3)])
+    del batch["attention_mask"]
+    pixels = tiny.inputs([*first, *second] if old else first)
+    batch |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match="but this pass has .*new images"):
+        tiny.logits(model, batch, past_key_values=cache, use_cache=True)
+
+
 def test_new_tokens_with_a_mask_of_their_own_are_refused(model):
     chat = Chat(model, [[]])
     chat.turn([TURNS["an image each"][0]])
     with pytest.raises(ValueError, match="attention_mask` of all"):
         generate(model, tiny.inputs([text(5)]), past_key_values=chat.cache)
+    for turn in ([text(5)], TURNS["an image each"][1]):
+        with pytest.raises(ValueError, match="Pass the mask of all of them"):
+            tiny.logits(model, tiny.inputs(turn), past_key_values=copy.deepcopy(chat.cache), use_cache=True)
+
+
+def test_grids_without_pixels_are_refused(model):
+    batch = tiny.inputs(*BATCHES["one image"])
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="came without `pixel_values`"):
+        tiny.logits(model, batch)
+
+
+@pytest.mark.parametrize("types", ["none", "zero", "too short", "of all"])
+def test_places_are_told_by_the_tokens(model, types):
+    """Where images are, the stock model sees in the tokens and learns a second time from `mm_token_type_ids`."""
+    first, second = TURNS["an image each"]
+    whole, turn = tiny.inputs([*first, *second]), tiny.inputs(second)
+    cache = DynamicCache(config=model.config)
+    tiny.logits(model, tiny.inputs(first), past_key_values=cache, use_cache=True)
+    batch = {**turn, "attention_mask": whole["attention_mask"], "mm_token_type_ids": whole["mm_token_type_ids"]}
+    if types == "none":
+        del batch["mm_token_type_ids"]
+    elif types == "zero":
+        batch["mm_token_type_ids"] = torch.zeros_like(turn["input_ids"])
+    elif types == "too short":
+        batch["mm_token_type_ids"] = turn["mm_token_type_ids"][:, 3:]
+    logits = tiny.logits(model, batch, past_key_values=copy.deepcopy(cache), use_cache=True)
+    expected = tiny.logits(model, whole)[:, -logits.shape[1] :]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+    for ids in (turn["input_ids"], whole["input_ids"]):
+        tokens = generate(model, {**batch, "input_ids": ids}, past_key_values=copy.deepcopy(cache)).sequences
+        answer = tokens[0, ids.shape[1] :].tolist()
+        assert_greedy(plain_logits(model, [*first, *second], answer), answer)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["beams", "all beams", "sampling"],
+)
+def test_a_prefix_repeated_for_several_sequences(model, mode):
+    prefix, rest = [text(3), image(), text(4, 1)], [text(4, 2)]
+    cache = DynamicCache(config=model.config)
+    tiny.logits(model, tiny.inputs(prefix), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(3)
+    batch = tiny.inputs([*prefix, *rest])
+    text_only = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    tokens = generate(model, text_only, past_key_values=cache, **mode).sequences
+    torch.manual_seed(0)
+    assert tokens.tolist() == generate(model, batch, **mode, use_cache=False).sequences.tolist()
+
+
+def test_a_mask_as_long_as_a_static_cache(model):
+    prefix, rest = [text(3), image(), text(4, 1)], [text(4, 2)]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    tiny.logits(model, tiny.inputs(prefix), past_key_values=cache, use_cache=True)
+    whole = tiny.inputs([*prefix, *rest])
+    mask = torch.nn.functional.pad(whole["attention_mask"], (0, 40 - whole["attention_mask"].shape[1]))
+    positions = model.model.compute_3d_position_ids(
+        tiny.inputs(rest)["input_ids"], None, attention_mask=mask, past_key_values=cache
+    )
+    named = {name: value for name, value in whole.items() if not name.startswith("pixel")}
+    assert torch.equal(positions, model.model.get_rope_index(**named)[0][:, :, -4:])
 
 
 # ---------------------------------------------------------------------------------------------- no state
