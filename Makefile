@@ -62,6 +62,8 @@ benchmarks: $(INSTALLED)
 		$(RUN) -m benchmarks.decode_profile | tee $(RESULTS)/decode_profile.txt
 	$(RUN) -m benchmarks.memory | tee $(RESULTS)/memory.txt
 	$(RUN) -m benchmarks.prefill | tee $(RESULTS)/prefill.txt
+	$(RUN) -m benchmarks.training | tee $(RESULTS)/training.txt
+	$(RUN) -m benchmarks.training_memory | tee $(RESULTS)/training_memory.txt
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

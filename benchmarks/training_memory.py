@@ -13,6 +13,7 @@ import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
 from transformers import Qwen3VLConfig
 
 from benchmarks.common import SHAPES, branches, build, print_table
@@ -76,7 +77,7 @@ def main() -> None:
     command_line.add_argument("--gpus", type=int, default=8, help="that FSDP shards the weights over")
     args = command_line.parse_args()
     rows = []
-    for shape in args.shapes:
+    for shape in tqdm(args.shapes, unit="shape"):
         count, text = parameters(shape), SHAPES[shape]["text_config"]
         layers, hidden = text["num_hidden_layers"], text["hidden_size"]
         first = default_pvm_layers(hidden, layers)[0]
