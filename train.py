@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise RuntimeError("Weights that were frozen changed during training. This is a bug; nothing was saved.")
     trainer.save_model()
     trainer.save_state()
-    console.print(f"\nEverything frozen is as it was: SHA-256 {frozen[:16]} before and after.")
+    if frozen is not None:
+        console.print(f"\nEverything frozen is as it was: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")
     console.print(
         f"  python eval.py --model {name} {training_args.output_dir} --dataset_name YOUR_TEST_SET "

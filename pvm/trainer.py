@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
@@ -132,15 +133,20 @@ class PVMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every logged loss comes with each branch's gate and the norm of its gradient."""
-        if "loss" in logs:
+        if "loss" in logs and not is_deepspeed_zero3_enabled():  # which hides parameters outside of a step
             for layer_idx, block in pvm_blocks(self.model).items():
                 logs[f"gate/layer_{layer_idx}"] = round(whole(block.gate_alpha).item(), 6)
             for layer_idx, norm in self.branch_gradients.norms.items():
                 logs[f"grad_norm/layer_{layer_idx}"] = norm
         super().log(logs, *args, **kwargs)
 
-    def frozen_hash(self) -> str:
-        """SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks."""
+    def frozen_hash(self) -> str | None:
+        """
+        SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks. `None` with
+        ZeRO-3, which hides parameters outside of a step.
+        """
+        if is_deepspeed_zero3_enabled():
+            return None
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         digest = hashlib.sha256()
         # Not the parameters themselves: bitsandbytes lays those out anew for the machine when they are first used.
