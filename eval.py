@@ -37,7 +37,7 @@ from transformers import ProcessorMixin
 
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, processor_state
-from pvm.data import ConversationCollator, ConversationDataset, Conversations, load_conversations
+from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.formats import message_text
 from pvm.metrics import (
@@ -50,6 +50,7 @@ from pvm.metrics import (
 )
 from pvm.plots import plot_report
 from pvm.report import checkpoint_lines, markdown_report, remarks, rich_tables
+from pvm.sources import Conversations, load_conversations
 
 
 ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least

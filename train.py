@@ -32,9 +32,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import load_processor
 from pvm.checks import REPORTS, load_training_data
-from pvm.data import ConversationCollator, DataArguments
+from pvm.data import ConversationCollator
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, count_parameters, load_model, model_config
+from pvm.sources import DataArguments
 from pvm.trainer import STAGING, PVMTrainer, PVMTrainingArguments
 
 

@@ -16,19 +16,11 @@ from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
 from . import data, formats
+from . import sources as sources_module
 from .checkpoints import processor_state
-from .data import (
-    ConversationDataset,
-    ConversationEncoder,
-    Conversations,
-    ConversationStream,
-    DataArguments,
-    Mixture,
-    load_sources,
-    load_stream,
-    no_visuals,
-)
+from .data import ConversationDataset, ConversationEncoder, ConversationStream, no_visuals
 from .errors import SetupError, UserError
+from .sources import Conversations, DataArguments, Mixture, load_sources, load_stream
 
 
 SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # the only files that a new run replaces
@@ -135,7 +127,7 @@ def check_rows(
             processor_state(processor),
             settings,
             transformers.__version__,
-            [Path(module.__file__).read_text("utf-8") for module in (data, formats)],
+            [Path(module.__file__).read_text("utf-8") for module in (data, formats, sources_module)],
         ]
     )
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "pvm_checks"

@@ -20,19 +20,10 @@ import pvm.data
 import train
 from pvm import checks
 from pvm.checks import check_rows, load_training_data
-from pvm.data import (
-    ConversationCollator,
-    ConversationDataset,
-    ConversationEncoder,
-    Conversations,
-    ConversationStream,
-    DataArguments,
-    Mixture,
-    load_conversations,
-    load_stream,
-)
+from pvm.data import ConversationCollator, ConversationDataset, ConversationEncoder, ConversationStream
 from pvm.errors import UserError
 from pvm.formats import Conversation, to_conversation
+from pvm.sources import Conversations, DataArguments, Mixture, load_conversations, load_stream
 from pvm.trainer import PVMTrainingArguments
 
 

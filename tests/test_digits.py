@@ -8,9 +8,10 @@ import torch
 from datasets import load_dataset
 
 from pvm.checkpoints import load_checkpoint
-from pvm.data import ConversationCollator, ConversationDataset, Conversations
+from pvm.data import ConversationCollator, ConversationDataset
 from pvm.digits import data, world
 from pvm.digits.backbone import build_tokenizer
+from pvm.sources import Conversations
 
 
 BACKBONE = Path(__file__).parent.parent / "assets" / "digits-backbone"

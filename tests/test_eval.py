@@ -20,10 +20,10 @@ import eval as eval_script
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
-from pvm.data import load_conversations
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.methods import LORA_TARGETS, pvm_blocks
+from pvm.sources import load_conversations
 
 
 REFERENCE_CASE = Path(__file__).parent / "reference_case"

@@ -18,9 +18,9 @@ import train
 from configuration_qwen3vl_pvm import default_pvm_layers
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
-from pvm.data import DataArguments
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
+from pvm.sources import DataArguments
 from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
 from training import PVM, ROOT, run
 

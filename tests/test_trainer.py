@@ -11,9 +11,10 @@ import tiny
 from benchmarks.training import saved_bytes
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import checkpoint_kind, load_checkpoint
-from pvm.data import ConversationCollator, ConversationDataset, load_conversations
+from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.methods import METHODS, ModelArguments, count_parameters, load_model, pvm_blocks
+from pvm.sources import load_conversations
 from pvm.trainer import PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
 from training import PVM, losses, run
 
