@@ -30,7 +30,6 @@ SHAPES = {
             "num_attention_heads": 16,
         },
         "pvm_hidden_size": 256,
-        "image_token_id": 31999,
         "tie_word_embeddings": True,
     },
     "2B": {
@@ -106,10 +105,11 @@ def build(
         "out_hidden_size": shape["text_config"]["hidden_size"],
         "deepstack_visual_indexes": list(range(min(depth, 3))),
     }
+    text_config = {**shape["text_config"], **text_fields, "rope_parameters": ROPE, "dtype": args.dtype}
     stock_config = transformers.Qwen3VLConfig(
-        text_config={**shape["text_config"], **text_fields, "rope_parameters": ROPE, "dtype": args.dtype},
+        text_config=text_config,
         vision_config=vision_config,
-        image_token_id=shape.get("image_token_id", IMAGE_TOKEN),
+        image_token_id=min(IMAGE_TOKEN, text_config["vocab_size"] - 1),
         tie_word_embeddings=shape["tie_word_embeddings"],
     )
     config = Qwen3VLPVMConfig.from_stock(
