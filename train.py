@@ -26,17 +26,18 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import load_processor
-from pvm.checks import REPORTS, load_training_data
+from pvm.checks import load_training_data
 from pvm.data import ConversationCollator
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, count_parameters, load_model, model_config
+from pvm.resume import find_checkpoint, is_over, run_settings
 from pvm.sources import DataArguments
-from pvm.trainer import STAGING, PVMTrainer, PVMTrainingArguments
+from pvm.trainer import PVMTrainer, PVMTrainingArguments
 
 
 def parameter_table(model) -> Table:
@@ -51,38 +52,15 @@ def parameter_table(model) -> Table:
     return table
 
 
-def find_checkpoint(arguments: PVMTrainingArguments) -> str | None:
-    """
-    The checkpoint to go on from, `None` for a new run.
-
-    Raises:
-        UserError: if there is none although one is asked for, or if a new run would overwrite an old one.
-    """
-    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if resume == "last":
-        if last is None:
-            raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint. Leave the flag out.")
-        return last
-    if resume is not None:
-        if not Path(resume).is_dir():
-            raise UserError(f"--resume_from_checkpoint {resume}: no such folder. Name one, or write `last`.")
-        return resume
-    leftovers = (STAGING, *REPORTS)
-    if output_dir.is_dir() and any(file.name not in leftovers for file in output_dir.iterdir()):
-        raise UserError(
-            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
-            + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
-        )
-    return None
-
-
 def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
     )
     console = Console(soft_wrap=True, quiet=training_args.process_index > 0)
-    checkpoint = None if data_args.dry_run else find_checkpoint(training_args)
+    settings = run_settings(model_args, data_args, training_args)
+    checkpoint = None if data_args.dry_run else find_checkpoint(training_args, settings)
+    # Text alone gives the vision tower no gradient.
+    training_args.ddp_find_unused_parameters = model_args.method == "full"
     set_seed(training_args.seed)
 
     name = model_args.model_name_or_path
@@ -96,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     trainer = PVMTrainer(
         method=model_args.method,
+        settings=settings,
         model=model,
         args=training_args,
         train_dataset=dataset,
@@ -103,7 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=processor,
     )
     frozen = trainer.frozen_hash()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and is_over(checkpoint, training_args):
+        trainer._load_from_checkpoint(checkpoint)  # killed in the final save: only that is left to do
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop_on_sigterm.stopped:
         sys.exit(
             f"train.py: stopped by SIGTERM after step {trainer.state.global_step} and saved it. Go on with the same "
@@ -111,8 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if trainer.frozen_hash() != frozen:
         raise RuntimeError("Weights that were frozen changed during training. This is a bug; nothing was saved.")
-    trainer.save_model()
+    if trainer.state.global_step == 0:
+        raise UserError("No step was made: there are fewer rows than one batch, or no epochs. Nothing was saved.")
     trainer.save_state()
+    trainer.save_model()
     if frozen is not None:
         console.print(f"\nEverything frozen is as it was: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")

@@ -35,9 +35,12 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
         description=description,
         usage="%(prog)s [--config FILE] [--field value ...]   (--help explains the fields)",
         formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these fields; flags win over it.")
 
+    if arguments.count("--config") > 1:
+        parser.error("--config is there twice, and only one recipe can be meant")
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config, flags = config_parser.parse_known_args(arguments)

@@ -262,11 +262,14 @@ def summary(report: dict[str, Any], path: Path) -> str:
 def _objection(report: dict[str, Any], arguments: DataArguments, needs_visuals: bool, path: Path) -> str | None:
     """Why a training must not go on with this data, if it must not."""
     sources, refused = report["sources"], report["refused"]
-    checked = sum(source["rows"] for source in sources)
-    if len(refused) > arguments.max_skipped * checked:
-        first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in refused[:SHOWN_ROWS])
+    for source in sources:  # each for itself: in a mixture a whole data set must not vanish
+        if source["refused"] <= arguments.max_skipped * source["rows"]:
+            continue
+        mine = [row for row in refused if row["dataset"] == source["name"]]
+        first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in mine[:SHOWN_ROWS])
         return (
-            f"{len(refused):,} of {checked:,} rows cannot be used, more than --max_skipped {arguments.max_skipped:g}. "
+            f"{len(mine):,} of {source['rows']:,} rows of {source['name']} cannot be used, more than --max_skipped "
+            f"{arguments.max_skipped:g}. "
             f"{path} names them all; the first:{first}\n"
             "Results are cached: after mending files that rows only name, add --overwrite_cache true."
         )

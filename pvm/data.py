@@ -291,9 +291,16 @@ class ConversationStream(torch.utils.data.IterableDataset):
                     self._watch(seen, skipped, with_visuals, refused)
                 if example is not None:
                     yield example
-            if seen == 0:  # there are more readers than files
+            if seen == 0 and worker is None:
+                raise UserError(
+                    f"Process {self.rank} finds no rows in the stream of {' '.join(self.arguments.dataset_name)}: "
+                    "there are fewer than processes. Leave --streaming out."
+                )
+            if seen == 0:  # there are more workers than files
                 return
-            self._watch(seen, skipped, with_visuals, refused)
+            if skipped == seen:
+                raise UserError(f"None of the {seen} rows of the stream can be used; the last: {refused['problem']}")
+            self._watch(seen, skipped, True, refused)  # all of it may be too little to say that no row has an image
 
     def _watch(self, seen: int, skipped: int, with_visuals: int, last: dict[str, Any]) -> None:
         if skipped > self.arguments.max_skipped * seen:

@@ -115,6 +115,12 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"message {index} has the role {role!r}; use {roles}.")
     if role == "system" and index > 0:
         raise UserError(f"message {index} is the system's, which can only be the first: chat templates leave it out.")
+    if not isinstance(content, (str, list, type(None))):
+        raise UserError(
+            f"message {index} ({role}) has the content {content!r}, which is neither a string nor a list of parts. "
+            "(In a JSON file that mixes the two, a string like 7 or true is read as a number or a truth value: write "
+            "all contents as lists there.)"
+        )
     if isinstance(content, str):
         content = _split_at_marks(content) if role == "user" else [{"type": "text", "text": content}]
     if not all(isinstance(part, dict) for part in content or []):
@@ -122,6 +128,8 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
     parts = []
     for part in content or []:
         kind, text = part.get("type"), part.get("text") or ""
+        if not isinstance(text, str):
+            raise UserError(f"message {index} has a text that is no string, but {text!r}.")
         if kind not in ("text", *MEDIA):
             raise UserError(f"message {index} has a part of type {kind!r}; use text, image or video.")
         if kind in MEDIA and role != "user":

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
@@ -98,6 +99,10 @@ def model_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise UserError("--load_in_4bit is for what stays frozen, and --method full trains everything. Leave it out.")
     if arguments.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if arguments.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "--attn_implementation flash_attention_2 needs a GPU and the package flash-attn. Install it, or take sdpa."
+        )
     if not arguments.has_branches and pvm_fields:
         raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {method}.")
 
@@ -147,8 +152,6 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
         )
 
     model.requires_grad_(False)
-    trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-    assert not trainable, f"freezing left {trainable} trainable"
     for block in pvm_blocks(model).values():
         block.requires_grad_(True).float()
     if arguments.method in ("lora", "pvm+lora"):
@@ -248,6 +251,7 @@ def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
     for name, parameter in model.named_parameters():
         if PEFT_ORIGINAL in name:
             continue
+        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # 4-bit weights: two in a byte
         if ".pvm_block." in name:
             part = "branches"
         elif ".lora_" in name:
@@ -258,7 +262,7 @@ def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
             part = "language model"
         for key in (part, "all"):
             count = counts.setdefault(key, ParameterCount(key, 0, 0))
-            count.total += parameter.numel()
-            count.trainable += parameter.numel() if parameter.requires_grad else 0
+            count.total += number
+            count.trainable += number if parameter.requires_grad else 0
     total = counts.pop("all")
     return [*counts.values(), total]

@@ -1,11 +1,13 @@
 """transformers' Trainer with what PVM needs: cheap logits, a rate for gates, gates in the log, exact resumes."""
 
 import hashlib
+import json
 import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
 
@@ -32,6 +34,8 @@ MASTER_WEIGHTS = "pvm_float32.safetensors"
 SHARDED_APART = (Qwen3VLTextDecoderLayer, Qwen3VLPVMBlock)
 # Where everything is written first. Only what is whole is moved out of it.
 STAGING = ".incomplete"
+# What a run was started with, in each of its checkpoints.
+SETTINGS = "run.json"
 
 
 @dataclass
@@ -54,6 +58,23 @@ class PVMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
             raise UserError("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1.")
+        if self.max_steps == 0:
+            raise UserError("--max_steps 0: there would be nothing to train. Leave it out, or name a number.")
+        if self.n_gpu > 1:
+            raise UserError(
+                f"One process sees {self.n_gpu} GPUs. Start one for each: accelerate launch --config_file "
+                "recipes/accelerate/ddp.yaml train.py ..., or show it one with CUDA_VISIBLE_DEVICES=0."
+            )
+        for flag, given in (
+            ("label_smoothing_factor", self.label_smoothing_factor != 0),
+            ("eval_strategy", self.eval_strategy != "no"),
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("push_to_hub", self.push_to_hub),
+        ):
+            if given:
+                raise UserError(
+                    f"--{flag} is not supported here, and would do something else than it says. Leave it out."
+                )
         if self.use_liger_kernel:
             raise UserError(
                 "--use_liger_kernel: liger-kernel chooses its kernels by model type and has none for a model with "
@@ -63,7 +84,8 @@ class PVMTrainingArguments(TrainingArguments):
 
 class PVMTrainer(Trainer):
     """
-    Trains any of the methods. `method` (`str`) is written into the mark of PVM checkpoints.
+    Trains any of the methods. `method` (`str`) is written into the mark of PVM checkpoints, `settings` (`dict`) into
+    each checkpoint, for a resumed run to compare.
 
     - The loss is the mean over the labels of a whole step, over all micro-batches and ranks.
     - Logits are computed only at the tokens that predict a label: with a vocabulary of 151,936 the others would be
@@ -74,13 +96,20 @@ class PVMTrainer(Trainer):
     - A checkpoint appears under its name only when it is whole, whatever happens during the save.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *args, method: str, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *args,
+        method: str,
+        settings: dict[str, Any] | None = None,
+        **kwargs,
+    ):
         quantized = "quantization_config" in model.config.to_dict()
         # The Trainer believes that nothing trains in a quantised model unless peft put it there.
         model.is_quantized = False
         super().__init__(model, *args, compute_loss_func=loss_of_predictions, **kwargs)
         model.is_quantized = quantized
-        self.method = method
+        self.method, self.settings = method, settings
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
         self.add_callback(self.branch_gradients)
@@ -172,8 +201,9 @@ class PVMTrainer(Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         with self._staged(run_dir):
             super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, use_mtime=True)
+        if self.args.should_save and self.args.save_total_limit:
+            for old in sort_checkpoints(str(run_dir))[: -self.args.save_total_limit]:
+                _remove(Path(old))
 
     @contextmanager
     def _staged(self, folder: Path):
@@ -190,9 +220,9 @@ class PVMTrainer(Trainer):
             for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
                 target = folder / path.name
                 if target.is_dir():
-                    shutil.rmtree(target)
+                    _remove(target)
                 os.replace(path, target)
-            staging.rmdir()
+            shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -214,6 +244,8 @@ class PVMTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.settings is not None and self.args.should_save:
+            Path(output_dir, SETTINGS).write_text(json.dumps(self.settings, indent=2))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # what they save to resume from has every weight in its own dtype
         if isinstance(self.model, PeftModel):
@@ -228,6 +260,14 @@ class PVMTrainer(Trainer):
         masters = Path(resume_from_checkpoint) / MASTER_WEIGHTS
         if masters.is_file():
             (self.model if model is None else model).load_state_dict(load_file(masters), strict=False)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that what is left of it, should this be interrupted, does not have its name."""
+    doomed = folder.parent / STAGING / f"{folder.name}-old"
+    doomed.parent.mkdir(exist_ok=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def predictions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:

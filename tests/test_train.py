@@ -18,6 +18,7 @@ import train
 from configuration_qwen3vl_pvm import default_pvm_layers
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
+from pvm.checkpoints import load_checkpoint
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
 from pvm.sources import DataArguments
@@ -175,6 +176,84 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(base, conversations,
 def test_a_new_run_overwrites_nothing(base, conversations, pvm_run):
     with pytest.raises(UserError, match="not empty.*--resume_from_checkpoint last"):
         run(base, conversations, pvm_run, *PVM)
+
+
+def test_a_finished_run_is_not_trained_on(base, conversations, tmp_path):
+    """As when the final save was killed: the last checkpoint is saved as the result, and no step is made."""
+    output_dir = run(base, conversations, tmp_path / "run", *PVM, "--save_steps", "2")
+    before = load_file(output_dir / "model.safetensors")
+    (output_dir / "model.safetensors").unlink()
+    run(base, conversations, output_dir, *PVM, "--save_steps", "2", "--resume_from_checkpoint", "last")
+    after = load_file(output_dir / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert load_checkpoint(str(output_dir)).description.step == 4
+
+
+def test_resuming_elsewhere_overwrites_nothing(base, conversations, pvm_run, tmp_path):
+    other = run(base, conversations, tmp_path / "lora", "--method", "lora")
+    flags = ("--gate_learning_rate", "0.05", "--save_steps", "2")
+    with pytest.raises(UserError, match="not empty"):
+        run(base, conversations, other, *PVM, *flags, "--resume_from_checkpoint", str(pvm_run / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--method", "mlp"), "that run had --method pvm, and this line has mlp"),
+        (("--pvm_layers", "1"), "that run had --pvm_layers None"),
+        (("--learning_rate", "0.5"), "that run had --learning_rate 0.001"),
+        (("--seed", "7"), "that run had --seed 42"),
+        (("--dataset_split", "train[:6]"), "that run had --dataset_split"),
+        (("--gradient_accumulation_steps", "2"), "that run had --gradient_accumulation_steps 1"),
+        (("--max_steps", "1"), "is at step 2, beyond --max_steps 1"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(base, conversations, pvm_run, tmp_path, flags, message):
+    resume = ("--gate_learning_rate", "0.05", "--resume_from_checkpoint", str(pvm_run / "checkpoint-2"))
+    with pytest.raises(UserError, match=message):
+        run(base, conversations, tmp_path / "run", *PVM, *resume, *flags)
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoint-2"])
+def test_only_whole_checkpoints_are_resumed(base, conversations, pvm_run, tmp_path, folder):
+    """Not the final model, and not what --save_only_model leaves."""
+    copy = shutil.copytree(pvm_run / folder, tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns("sched*"))
+    flags = ("--gate_learning_rate", "0.05", "--resume_from_checkpoint", str(copy))
+    with pytest.raises(UserError, match=r"it has no (scheduler\.pt|run\.json)"):
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+
+
+def test_a_run_without_a_step_is_an_error(base, conversations, tmp_path):
+    flags = ("--num_train_epochs", "0", "--max_steps", "-1")
+    with pytest.raises(UserError, match="No step was made"):
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--label_smoothing_factor", "0.1"),
+        ("--eval_strategy", "steps"),
+        ("--push_to_hub", "true"),
+        ("--max_steps", "0"),
+    ],
+)
+def test_what_would_do_something_else_is_refused(base, conversations, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit):
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated(capsys):
+    """`--conf recipe.yaml` would be taken for --config and its recipe not be read."""
+    with pytest.raises(SystemExit):
+        parse("--model_name_or_path", "a", "--dataset_name", "b", "--conf", "recipe.yaml")
+    assert "unknown argument --conf" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--model_name_or_path", "a", "--dataset_name", "b", "--config", "a.yaml", "--config", "b.yaml")
+    assert "--config is there twice" in capsys.readouterr().err
 
 
 def test_last_needs_a_checkpoint(base, conversations, tmp_path):

@@ -1,0 +1,87 @@
+"""Going on with a run: from which checkpoint, and only as the same run."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from .checks import REPORTS
+from .errors import UserError
+from .methods import ModelArguments
+from .sources import DataArguments
+from .trainer import SETTINGS, STAGING, PVMTrainingArguments
+
+
+def find_checkpoint(arguments: PVMTrainingArguments, settings: dict[str, Any]) -> str | None:
+    """
+    The checkpoint to go on from, `None` for a new run.
+
+    Raises:
+        UserError: if there is none although one is asked for, or if a new run would overwrite an old one.
+    """
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if resume == "last" and last is None:
+        raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint. Leave the flag out.")
+    resume = last if resume == "last" else resume
+    if resume is not None:
+        _check_resume(Path(resume), arguments, settings)
+        if Path(resume).resolve().parent == output_dir.resolve():
+            return resume
+    leftovers = (STAGING, *REPORTS)
+    if output_dir.is_dir() and any(
+        file.name not in leftovers and not file.match("skipped_rows-*.jsonl") for file in output_dir.iterdir()
+    ):
+        raise UserError(
+            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
+            + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
+        )
+    return resume
+
+
+def _check_resume(checkpoint: Path, arguments: PVMTrainingArguments, settings: dict[str, Any]) -> None:
+    """Refuse to go on from what is no checkpoint of this run."""
+    flag = f"--resume_from_checkpoint {checkpoint}"
+    if not checkpoint.is_dir():
+        raise UserError(f"{flag}: no such folder. Name one, or write `last`.")
+    missing = [name for name in (TRAINER_STATE_NAME, "scheduler.pt", SETTINGS) if not (checkpoint / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{flag}: it has no {missing[0]}, so a run cannot go on from it exactly. Name a folder checkpoint-* of a "
+            "run without --save_only_model; or start a new run with the model as --model_name_or_path."
+        )
+    before = json.loads((checkpoint / SETTINGS).read_text())
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{flag}: that run had --{key} {before.get(key)}, and this line has {value}. Give what it had, or "
+                "start a new run with another --output_dir."
+            )
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    if 0 < arguments.max_steps < step:
+        raise UserError(f"{flag} is at step {step}, beyond --max_steps {arguments.max_steps}.")
+
+
+def run_settings(
+    model_args: ModelArguments, data_args: DataArguments, training_args: PVMTrainingArguments
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run, as JSON has it."""
+    settings = {**asdict(model_args), "model_name_or_path": str(Path(model_args.model_name_or_path))}
+    for key in ("dataset_name", "dataset_config", "dataset_split", "dataset_weights", "max_samples", "train_on"):
+        settings[key] = asdict(data_args)[key]
+    settings |= {key: asdict(data_args)[key] for key in ("stopping_strategy", "streaming", "max_length")}
+    for key in ("learning_rate", "gate_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"):
+        settings[key] = training_args.to_dict()[key]
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim"):
+        settings[key] = training_args.to_dict()[key]
+    return {**settings, "num_processes": training_args.world_size}
+
+
+def is_over(checkpoint: str, arguments: PVMTrainingArguments) -> bool:
+    """Whether the run has made all its steps already; the Trainer would make one more."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return state.global_step >= (arguments.max_steps if arguments.max_steps > 0 else state.max_steps)
