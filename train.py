@@ -81,23 +81,26 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
         processing_class=processor,
     )
-    frozen = trainer.frozen_hash()
-    if checkpoint is not None and is_over(checkpoint, training_args):
-        trainer._load_from_checkpoint(checkpoint)  # killed in the final save: only that is left to do
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop_on_sigterm.stopped:
-        sys.exit(
-            f"train.py: stopped by SIGTERM after step {trainer.state.global_step} and saved it. Go on with the same "
-            "line and --resume_from_checkpoint last."
-        )
-    if trainer.frozen_hash() != frozen:
-        raise RuntimeError("Weights that were frozen changed during training. This is a bug; nothing was saved.")
-    if trainer.state.global_step == 0:
-        raise UserError("No step was made: there are fewer rows than one batch, or no epochs. Nothing was saved.")
-    trainer.save_state()
-    trainer.save_model()
+    with trainer.stop_on_sigterm:
+        frozen = trainer.frozen_hash()
+        if checkpoint is not None and is_over(checkpoint, training_args):
+            trainer._load_from_checkpoint(checkpoint)  # killed in the final save: only that is left to do
+            trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stop_on_sigterm.stopped:
+            sys.exit(
+                f"train.py: stopped by SIGTERM after step {trainer.state.global_step} and saved it. Go on with the "
+                "same line and --resume_from_checkpoint last."
+            )
+        if trainer.frozen_hash() != frozen:
+            raise RuntimeError(
+                "Weights that were frozen changed during training. This is a bug; it has no final save."
+            )
+        if trainer.state.global_step == 0:
+            raise UserError("No step was made: there are fewer rows than one batch, or no epochs. Nothing was saved.")
+        trainer.save_state()
+        trainer.save_model()
     if frozen is not None:
         console.print(f"\nEverything frozen is as it was: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {training_args.output_dir}. Compare it with its base on a test set of yours:")

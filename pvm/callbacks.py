@@ -11,19 +11,20 @@ from .methods import pvm_blocks
 
 class StopOnSigterm(TrainerCallback):
     """
-    On SIGTERM (a scheduler's warning, a preempted machine) saves a checkpoint after the current step and stops.
+    On SIGTERM (a scheduler's warning, a preempted machine) saves a checkpoint after the current step and stops. A
+    context: inside of it the signal ends nothing, so that what is being saved is saved.
 
-    stopped (`bool`): whether that happened.
+    stopped (`bool`): whether training was stopped.
     """
 
     def __init__(self):
         self.stopped = False
         self._received = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self):
         self._previous = signal.signal(signal.SIGTERM, self._receive)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def __exit__(self, *exception):
         signal.signal(signal.SIGTERM, self._previous)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):

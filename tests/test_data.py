@@ -503,7 +503,9 @@ def test_bad_rows_are_skipped_and_named(processor, media, tmp_path, num_workers)
 
 def test_too_many_bad_rows_stop_the_run(processor, media, tmp_path):
     name = write(media, "problems.jsonl", problem_rows())
-    with pytest.raises(UserError, match=r"7 of 9 rows of .*problems.jsonl cannot be used, more than --max_skipped 0.01.*\n.*row 1: "):
+    with pytest.raises(
+        UserError, match=r"7 of 9 rows of .*problems.jsonl cannot be used, more than --max_skipped 0.01.*\n.*row 1: "
+    ):
         load(DataArguments([name], max_length=100), processor, tmp_path)
     assert skipped(tmp_path).keys() == PROBLEMS.keys()
 
