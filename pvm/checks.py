@@ -127,7 +127,10 @@ def check_rows(
             processor_state(processor),
             settings,
             transformers.__version__,
-            [Path(module.__file__).read_text("utf-8") for module in (data, formats, sources_module)],
+            [
+                Path(file).read_text("utf-8")
+                for file in (data.__file__, formats.__file__, sources_module.__file__, __file__)
+            ],
         ]
     )
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "pvm_checks"
