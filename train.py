@@ -15,7 +15,7 @@ With `--dry_run true` the same line checks the data, shows what is in it, and lo
 
 Controls for a claim about PVM: the same line with `--method lora`, `mlp` (as many parameters, no image) or `full`. On
 several GPUs: `accelerate launch --config_file recipes/accelerate/ddp.yaml train.py ...`. An interrupted run goes on
-with `--resume_from_checkpoint last`. All of transformers' TrainingArguments are accepted, too.
+with `--resume_from_checkpoint last`. transformers' TrainingArguments are accepted; some are refused, with a reason.
 """
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)

@@ -42,16 +42,16 @@ class StopOnSigterm(TrainerCallback):
 
 
 class BranchGradients(TrainerCallback):
-    """norms (`dict[int, float]`): norm of each branch's gradient in the last step, clipped, by decoder layer."""
+    """norms (`dict[int, torch.Tensor]`): norm of each branch's clipped gradient in the last step, by layer."""
 
     def __init__(self):
-        self.norms: dict[int, float] = {}
+        self.norms: dict[int, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for layer_idx, block in pvm_blocks(model).items():
             gradients = [p.grad for p in block.parameters() if p.grad is not None]
             if gradients:  # DeepSpeed keeps them elsewhere
-                self.norms[layer_idx] = whole(torch.nn.utils.get_total_norm(gradients)).item()
+                self.norms[layer_idx] = whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ class PVMTrainer(Trainer):
             for layer_idx, block in pvm_blocks(self.model).items():
                 logs[f"gate/layer_{layer_idx}"] = round(whole(block.gate_alpha).item(), 6)
             for layer_idx, norm in self.branch_gradients.norms.items():
-                logs[f"grad_norm/layer_{layer_idx}"] = norm
+                logs[f"grad_norm/layer_{layer_idx}"] = norm.item()
         super().log(logs, *args, **kwargs)
 
     def frozen_hash(self) -> str | None:
