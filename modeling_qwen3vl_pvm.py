@@ -637,7 +637,7 @@ class Qwen3VLPVMModel(Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
 
         Raises:
             ValueError: for `inputs_embeds` into which images were merged already: nothing says where they are, and the
-                branches would be off without a word.
+                branches would be off without a word; for grids without pixels, or of another pass.
         """
         given = {name for name, value in kwargs.items() if value is not None}
         # generate() of transformers 5.23 passes an empty dict of encoder outputs where there is nothing to encode.
