@@ -13,6 +13,11 @@ logger = logging.get_logger(__name__)
 # How the authors' implementation names itself in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
 
+# An adapter checkpoint's weights, under the name that `save_pretrained(variant="pvm")` gives them: no class of another
+# model takes them for its own.
+ADAPTER_VARIANT = "pvm"
+ADAPTER_WEIGHTS_NAME = f"model.{ADAPTER_VARIANT}.safetensors"
+
 # (hidden_size, num_hidden_layers) -> the layers published for Qwen3-VL-8B and Qwen3-VL-4B.
 PUBLISHED_PVM_LAYERS = {(4096, 36): [8, 16, 24], (2560, 36): [5, 11, 17]}
 
@@ -43,8 +48,9 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
             Whether a text token reads only the visual tokens before it. With `False` it reads all visual tokens of
             its row, those of later turns included, as the authors' implementation does.
         pvm_training (`dict`, *optional*):
-            Mark of a checkpoint whose branches were trained, e.g. `{"method": "pvm", "step": 1000}`. A marked
-            checkpoint without its PVM weights, or with all gates at zero, is refused when it is loaded.
+            Mark of a checkpoint whose branches were trained: `method`, `step`, and `base_model` with `base_revision`
+            if that was on the Hub. A marked checkpoint without its PVM weights, or with all gates at zero, is refused
+            when it is loaded.
 
     Raises:
         ValueError: for the text config of a mixture-of-experts model.
@@ -132,6 +138,15 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
     The stock [`Qwen3VLConfig`] with a [`Qwen3VLPVMTextConfig`] as its `text_config`. Loading the config of a stock
     Qwen3-VL checkpoint, or of the authors' implementation (`pvm_causal` is then off), converts it.
 
+    Args:
+        base_model_name_or_path (`str`, *optional*):
+            Makes the checkpoint an adapter, which holds its branches only: the Hub name or folder of the model whose
+            other weights it takes.
+        base_model_revision (`str`, *optional*):
+            Branch, tag or commit of the base on the Hub.
+        peft_adapter (`str`, *optional*):
+            Subfolder of an adapter checkpoint with a PEFT adapter (LoRA) of the backbone that belongs to it.
+
     Example:
 
     ```python
@@ -145,6 +160,15 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
     sub_configs = {"vision_config": Qwen3VLConfig.sub_configs["vision_config"], "text_config": Qwen3VLPVMTextConfig}
     # Named by class, so that every save writes the code file beside the config.
     _auto_class = "AutoConfig"
+
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    peft_adapter: str | None = None
+
+    @property
+    def transformers_weights(self) -> str | None:
+        """The file of weights beside the config, where `from_pretrained` is not to look for `model.safetensors`."""
+        return None if self.base_model_name_or_path is None else ADAPTER_WEIGHTS_NAME
 
     def __post_init__(self, **kwargs):
         if self.text_config is None or isinstance(self.text_config, dict):

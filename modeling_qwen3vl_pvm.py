@@ -15,10 +15,12 @@ rotary positions (M-RoPE) of the text after them, which the stock model keeps on
 
 import copy
 import functools
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -37,13 +39,27 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionModel,
     eager_attention_forward,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 
 try:
-    from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+    from .configuration_qwen3vl_pvm import (
+        ADAPTER_VARIANT,
+        ADAPTER_WEIGHTS_NAME,
+        Qwen3VLPVMConfig,
+        Qwen3VLPVMTextConfig,
+    )
 except ImportError:  # imported from a checkout, where this file is a top-level module
-    from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+    from configuration_qwen3vl_pvm import (
+        ADAPTER_VARIANT,
+        ADAPTER_WEIGHTS_NAME,
+        Qwen3VLPVMConfig,
+        Qwen3VLPVMTextConfig,
+    )
 
+
+logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen3vl_pvm.Qwen3VLPVMConfig",
@@ -54,6 +70,30 @@ AUTO_MAP = {
 
 # Position of a slot that holds no visual token, in rows that have fewer than their neighbours: after every query.
 NO_POSITION = torch.iinfo(torch.int32).max
+
+# What is injected has the gate as its root mean square; trained gates are below 1, uninitialised memory is anything.
+MAX_GATE = 100.0
+
+# What an adapter's base must have in common with it, by part of the config.
+SHAPE = {
+    "config": ("tie_word_embeddings",),
+    "text_config": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "attention_bias"),
+    ),
+    "vision_config": (
+        *(
+            "depth",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "in_channels",
+            "patch_size",
+            "temporal_patch_size",
+        ),
+        *("spatial_merge_size", "out_hidden_size", "num_position_embeddings", "deepstack_visual_indexes"),
+    ),
+}
 
 
 class VisualRouting(NamedTuple):
@@ -228,14 +268,15 @@ class Qwen3VLPVMCrossAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         visual_states: torch.Tensor | None,
         routing: VisualRouting,
         past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
-            hidden_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): the text tokens.
+            hidden_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`, *optional*): the text tokens; `None` only
+                to remember what is to be seen.
             visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): visual tokens of this
                 pass; `None` if it brings none and memory alone is read.
             routing (`VisualRouting`): who reads what.
@@ -245,9 +286,6 @@ class Qwen3VLPVMCrossAttention(nn.Module):
             `[batch, query, pvm_hidden_size]`, exactly zero for a query that sees nothing, and, with eager attention,
             the weights `[batch, heads, query, visual]`.
         """
-        input_shape = hidden_states.shape[:-1]
-        query = self.q_norm(self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)).transpose(1, 2)
-
         memory = read_visual_memory(past_key_values, self.layer_idx)
         if visual_states is not None:
             visual_shape = (*visual_states.shape[:-1], -1, self.head_dim)
@@ -259,7 +297,12 @@ class Qwen3VLPVMCrossAttention(nn.Module):
             if past_key_values is not None:
                 memory = VisualMemory(key, value, routing.visual_positions, routing.rope_deltas, routing.complete)
                 write_visual_memory(past_key_values, self.layer_idx, memory)
-        else:
+        if hidden_states is None:
+            return None, None
+
+        input_shape = hidden_states.shape[:-1]
+        query = self.q_norm(self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)).transpose(1, 2)
+        if visual_states is None:
             key, value = memory.keys.to(query.device), memory.values.to(query.device)
 
         implementation, mask = self.config._attn_implementation, routing.mask
@@ -309,14 +352,15 @@ class Qwen3VLPVMBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         visual_embeds: torch.Tensor | None,
         routing: VisualRouting,
         past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """
         Args:
-            hidden_states (`torch.Tensor` `[batch, query, hidden_size]`): the residual stream x at the text tokens.
+            hidden_states (`torch.Tensor` `[batch, query, hidden_size]`, *optional*): the residual stream x at the text
+                tokens; `None` only to remember what is to be seen, while the branch is off.
             visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
             routing, past_key_values: as in [`Qwen3VLPVMCrossAttention`].
 
@@ -325,8 +369,11 @@ class Qwen3VLPVMBlock(nn.Module):
         """
         # The branch may be kept in another dtype than the backbone: float32 in training, where AdamW needs it.
         dtype = self.gate_alpha.dtype
-        query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))
         visual_states = None if visual_embeds is None else self.vision_reducer(visual_embeds.to(dtype))
+        if hidden_states is None:
+            self.cross_attn(None, visual_states, routing, past_key_values)
+            return None
+        query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))
         attended, _ = self.cross_attn(query_states, visual_states, routing, past_key_values)
         attended = attended + self.mlp(self.post_attn_norm(attended))
         expanded = self.output_expander(attended)
@@ -357,6 +404,7 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
         visual_embeds: torch.Tensor | None = None,
         visual_routing: VisualRouting | None = None,
         past_key_values: Cache | None = None,
+        use_pvm: bool = True,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -364,9 +412,13 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
             hidden_states (`torch.Tensor` `[batch, sequence, hidden_size]`): the residual stream.
             visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): visual tokens of this pass.
             visual_routing (`VisualRouting`, *optional*): who reads what; `None` if there is nothing to read.
+            use_pvm (`bool`): whether the branch is on. Off, it still remembers, for later passes on the same cache.
         """
-        if visual_routing is None:
-            return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+        if visual_routing is None or not use_pvm:
+            hidden_states = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            if visual_embeds is not None and past_key_values is not None:
+                self.pvm_block(None, visual_embeds, visual_routing, past_key_values)
+            return hidden_states
 
         attn_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs
@@ -385,6 +437,103 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
         return hidden_states.scatter_add(1, query_index, injected)
 
 
+def _base_hub_kwargs(config: Qwen3VLPVMConfig, download_kwargs: dict) -> dict:
+    """How to get the base: as the adapter, but for what says which files of a repository are meant."""
+    kwargs = {key: value for key, value in download_kwargs.items() if key not in ("commit_hash", "tqdm_class")}
+    return {**kwargs, "revision": config.base_model_revision or "main", "subfolder": ""}
+
+
+def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -> None:
+    """
+    Raises:
+        OSError: if the base has no config.
+        ValueError: if its decoder or vision tower is of another shape than the adapter's config says.
+    """
+    name = config.base_model_name_or_path
+    try:
+        base = type(config).from_pretrained(name, **_base_hub_kwargs(config, download_kwargs))
+    except OSError as error:
+        raise OSError(_no_base(config, adapter, error)) from error
+    different = [
+        f"{part}.{key} is {getattr(theirs, key)} and not {getattr(ours, key)}"
+        for part, theirs, ours in (
+            ("config", base, config),
+            ("text_config", base.text_config, config.text_config),
+            ("vision_config", base.vision_config, config.vision_config),
+        )
+        for key in SHAPE[part]
+        if getattr(theirs, key) != getattr(ours, key)
+    ]
+    if different:
+        raise ValueError(
+            f"{name} is not the base of {adapter}, but a model of another shape: {'; '.join(different)}. Name the right "
+            "one with `base_model_name_or_path=...`."
+        )
+
+
+def _base_files(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -> list[str]:
+    """
+    The safetensors files of an adapter's base, downloaded if need be. Warns if they are not those that it was trained
+    on.
+
+    Raises:
+        OSError: if there are none.
+    """
+    name, hub_kwargs = config.base_model_name_or_path, _base_hub_kwargs(config, download_kwargs)
+    try:
+        files = [cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+    except OSError:
+        try:
+            index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+        except OSError as error:
+            raise OSError(_no_base(config, adapter, error)) from error
+        files, _ = get_checkpoint_shard_files(name, index, **hub_kwargs)
+
+    mark = config.get_text_config().pvm_training or {}
+    trained_on, revision = mark.get("base_revision"), extract_commit_hash(files[0], None)
+    if trained_on is not None and trained_on != revision:
+        found = f"revision {revision}" if revision else "a copy whose revision is not known"
+        logger.warning(
+            f"{adapter} was trained on revision {trained_on} of {mark.get('base_model')}, and is put into {found} of "
+            f"{name}. If the weights differ, so do its answers."
+        )
+    return files
+
+
+def _no_base(config: Qwen3VLPVMConfig, adapter: str, error: OSError) -> str:
+    return (
+        f"{adapter} holds PVM branches only, and the base that they go into, {config.base_model_name_or_path}, cannot "
+        f"be had: {str(error).partition(chr(10))[0]} If it lies elsewhere, say where with "
+        "`base_model_name_or_path=...`."
+    )
+
+
+def _check_gates(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        ValueError: if a gate is not finite or above `MAX_GATE`, or all are 0 although the branches were trained.
+    """
+    gates = {
+        module.cross_attn.layer_idx: module.gate_alpha
+        for module in model.modules()
+        if isinstance(module, Qwen3VLPVMBlock)
+    }
+    # Weights offloaded to disk, or held by another rank, cannot be looked at here.
+    gates = {layer: gate for layer, gate in gates.items() if gate.device.type != "meta" and gate.numel() > 0}
+    for layer, gate in gates.items():
+        if not gate.abs() <= MAX_GATE:  # which NaN is not, either
+            raise ValueError(
+                f"{name}: the gate of layer {layer} is {gate.item()}, and no trained gate is above {MAX_GATE:g} in "
+                "magnitude. The file is damaged, or the training that wrote it diverged."
+            )
+    mark = model.config.get_text_config().pvm_training
+    if mark is not None and gates and not any(gate.any() for gate in gates.values()):
+        raise ValueError(
+            f"{name} says that its PVM branches were trained ({mark}), but all gates are exactly 0, so it would answer "
+            "as the stock model. Its weights are not the trained ones."
+        )
+
+
 class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
     config: Qwen3VLPVMConfig
     _no_split_modules = ["Qwen3VLTextDecoderLayer", "Qwen3VLPVMTextDecoderLayer", "Qwen3VLVisionBlock"]
@@ -393,6 +542,10 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         "attentions": Qwen3VLTextAttention,
         "pvm_attentions": Qwen3VLPVMCrossAttention,
     }
+    # Left alone by every kind of quantisation, and float32 over a float16 backbone.
+    _keep_in_fp32_modules = [r".*\.pvm_block"]
+    # `_load_pretrained_model` says which branches are missing, and whether they may be.
+    _keys_to_ignore_on_load_missing = [r"\.pvm_block\."]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -416,41 +569,123 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
 
         self._require_grads_hooks = [decoder.embed_tokens.register_forward_hook(require_grads)]
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As the stock model, with what `trust_remote_code` needs: the code files and a complete `auto_map`."""
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, adapter_only: bool = False, **kwargs):
+        """
+        As the stock model, with what `trust_remote_code` needs: the code files and a complete `auto_map`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            adapter_only (`bool`): write the branches alone, to be loaded into the base that the config names. What was
+                changed in the backbone is not in it.
+
+        Raises:
+            ValueError: if an adapter has no base, is pushed with a base that only this machine has, or the model holds
+                a PEFT adapter, of which transformers would save nothing else.
+        """
+        config = copy.deepcopy(self.config)
+        config.auto_map = dict(AUTO_MAP)
+        if self._hf_peft_config_loaded:
+            raise ValueError(
+                "The model holds a PEFT adapter, and transformers would save that alone, without the branches. Merge "
+                "it first: `python -m pvm.convert CHECKPOINT FOLDER --to full` does."
+            )
+        if adapter_only:
+            base = config.base_model_name_or_path
+            if base is None:
+                raise ValueError(
+                    "An adapter checkpoint needs the name of its base: set `model.config.base_model_name_or_path` (and "
+                    "`base_model_revision`) first."
+                )
+            if kwargs.get("push_to_hub") and os.path.isdir(base):
+                raise ValueError(
+                    f"The base is the folder {base}, which nobody else has. Set `model.config.base_model_name_or_path` "
+                    "to its name on the Hub, or push everything, without `adapter_only`."
+                )
+            if "quantization_config" in config and not self.hf_quantizer.pre_quantized:
+                del config.quantization_config  # chosen when the base was loaded, and to be chosen then again
+            kwargs |= {"variant": ADAPTER_VARIANT, "save_original_format": False}
+        else:
+            config.base_model_name_or_path = config.base_model_revision = config.peft_adapter = None
+
+        own = self.config, self._keys_to_ignore_on_save
+        try:
+            self.config = config
+            if adapter_only:
+                self._keys_to_ignore_on_save = {key for key in self.state_dict() if ".pvm_block." not in key}
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config, self._keys_to_ignore_on_save = own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
-        Load a PVM checkpoint, a stock Qwen3-VL checkpoint (its branches are new, their gates zero) or one of the
-        authors' implementation. To choose where new branches go, pass `config=Qwen3VLPVMConfig.from_stock(...)`.
+        Load a PVM checkpoint, whole or an adapter (its base is loaded, too), a stock Qwen3-VL checkpoint (its branches
+        are new, their gates zero) or one of the authors' implementation. To choose where new branches go, pass
+        `config=Qwen3VLPVMConfig.from_stock(...)`; for a base that lies elsewhere, `base_model_name_or_path=...`.
+        Weights are read from safetensors only.
 
         Raises:
-            ValueError: if the checkpoint is marked as trained and its branches are missing or switched off.
+            OSError: if the checkpoint or its base is not to be had.
+            ValueError: if an adapter's base has another shape; if branches are incomplete, or marked as trained but
+                missing or switched off; if a gate is not finite or above `MAX_GATE`.
         """
+        hub_names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
         model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
         )
-        mark = model.config.get_text_config().pvm_training
-        if mark is not None:
-            missing = sorted(key for key in loading_info["missing_keys"] if ".pvm_block." in key)
-            if missing:
+        _check_gates(model, pretrained_model_name_or_path)
+        if model.config.peft_adapter is not None:
+            folder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
+            adapter_kwargs = {**hub_kwargs, "subfolder": folder}
+            cached_file(pretrained_model_name_or_path, "adapter_model.safetensors", **adapter_kwargs)
+            peft_info = model.load_adapter(pretrained_model_name_or_path, adapter_kwargs=adapter_kwargs)
+            if peft_info.missing_keys:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} says that its PVM branches were trained ({mark}), but "
-                    f"{len(missing)} of their weights are missing, e.g. {missing[0]}: they would be random. Get the "
-                    "complete checkpoint; to start new branches, load the stock checkpoint that it came from."
-                )
-            gates = [module.gate_alpha for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)]
-            # Weights offloaded to disk, or held by another rank, cannot be looked at here.
-            gates = [gate for gate in gates if gate.device.type != "meta" and gate.numel() > 0]
-            if gates and not any(gate.any() for gate in gates):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} says that its PVM branches were trained ({mark}), but all gates "
-                    "are exactly 0, so it would answer as the stock model. Its weights are not the trained ones."
+                    f"The PEFT adapter in {pretrained_model_name_or_path}/{folder} lacks weights, e.g. "
+                    f"{min(peft_info.missing_keys)}: they would be random. Get the complete checkpoint."
                 )
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """
+        What `from_pretrained` calls with the files that it found. An adapter's come on top of its base's, and go
+        through the same loader: device maps, offloading, quantisation and sharding treat the branches as anything else.
+        """
+        if expected_keys is not None:  # a PEFT adapter, loaded into a model that is there
+            return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+        name, config = load_config.pretrained_model_name_or_path, model.config
+        if checkpoint_files and os.path.basename(checkpoint_files[0]) == ADAPTER_WEIGHTS_NAME:
+            _check_base(config, name, load_config.download_kwargs)
+            checkpoint_files = [*_base_files(config, name, load_config.download_kwargs), *checkpoint_files]
+            weight_map = {  # whose absolute paths are what offloading to disk reads
+                key: os.path.abspath(file)
+                for file in checkpoint_files
+                for key in parse_local_safetensors_file_metadata(file).tensors
+            }
+            load_config = replace(load_config, sharded_metadata={"weight_map": weight_map})
+        loading_info, disk_offload_index = super()._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config
+        )
+
+        missing = sorted(key for key in loading_info.missing_keys if ".pvm_block." in key)
+        branches = [key for key in model.state_dict() if ".pvm_block." in key]
+        mark = config.get_text_config().pvm_training
+        if missing and (mark is not None or len(missing) < len(branches)):
+            said = "holds PVM branches" if mark is None else f"says that its PVM branches were trained ({mark})"
+            raise ValueError(
+                f"{name} {said}, but {len(missing)} of their {len(branches)} weights are missing, e.g. {missing[0]}: "
+                "they would be random. Get the complete checkpoint; to start new branches, load the stock checkpoint "
+                "that it came from."
+            )
+        if missing:
+            logger.warning(
+                f"{name} has no PVM branches: new ones are in layers {config.get_text_config().pvm_layers}. Until they "
+                "are trained, the model computes what the stock model computes."
+            )
+        return loading_info, disk_offload_index
 
 
 class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
@@ -484,6 +719,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         Args:
             inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
             visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
+            use_pvm (`bool`, *optional*): `False` turns the branches off in this pass: the stock model's hidden states.
+                What is seen is remembered all the same.
             output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
                 `[batch, heads, sequence, visual]` of each branch; needs eager attention.
             kwargs: as the stock text model.
@@ -785,6 +1022,10 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
                 "`model.model(..., output_pvm_attentions=True).pvm_attentions` (needs transformers newer than 5.16)."
             )
         return super().forward(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, use_pvm: bool = True, **kwargs):
+        """As the stock model; what `generate()` is to accept must be named here."""
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, use_pvm=use_pvm, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """

@@ -39,17 +39,17 @@ class NoAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         visual_states: torch.Tensor | None,
         routing: VisualRouting,
         past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor | None, None]:
         """Arguments and result as those of [`Qwen3VLPVMCrossAttention`]; `[batch, query, pvm_hidden_size]`."""
         if visual_states is not None and past_key_values is not None:
-            nothing = hidden_states.new_empty(*routing.visual_positions.shape, 0)[:, None]
+            nothing = visual_states.new_empty(*routing.visual_positions.shape, 0)[:, None]
             places = (routing.visual_positions, routing.rope_deltas, routing.complete)
             write_visual_memory(past_key_values, self.layer_idx, VisualMemory(nothing, nothing, *places))
-        if routing.reads is not None:
+        if hidden_states is not None and routing.reads is not None:
             hidden_states = hidden_states.masked_fill(~routing.reads, 0.0)
         return hidden_states, None
 

@@ -139,8 +139,8 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype="bfloat16" if arguments.dtype == "auto" else arguments.dtype,
-            # Branches train, and the small vision tower and the head are worth their precision.
-            llm_int8_skip_modules=[r".*\.pvm_block", r".*\.visual", "lm_head"],
+            # The small vision tower and the head are worth their precision.
+            llm_int8_skip_modules=[r".*\.visual", "lm_head"],
         )
     model_class = BRANCHED.get(method, AutoModelForImageTextToText)
     model, info = load_weights(model_class, name, **loading)

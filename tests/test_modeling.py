@@ -132,7 +132,7 @@ def test_reference_checkpoint_without_its_branches_is_refused(tmp_path):
     kept = {name: tensor for name, tensor in weights.items() if ".pvm_block." not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((REFERENCE / "config.json").read_text())
-    with pytest.raises(ValueError, match="branches were trained.*30 of their weights are missing"):
+    with pytest.raises(ValueError, match=r"branches were trained.*30 of their \d+ weights are missing"):
         Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -745,7 +745,7 @@ def save_with(model, folder, gate: float, mark: dict | None, with_branches: bool
 @pytest.mark.parametrize("model_class", [Qwen3VLPVMForConditionalGeneration, Qwen3VLPVMModel])
 def test_refuses_a_trained_checkpoint_without_its_branches(model, tmp_path, model_class):
     save_with(model, tmp_path, gate=1.0, mark=MARK, with_branches=False)
-    with pytest.raises(ValueError, match=r"branches were trained.*'step': 10.*30 of their weights are missing"):
+    with pytest.raises(ValueError, match=r"branches were trained.*'step': 10.*30 of their \d+ weights are missing"):
         model_class.from_pretrained(tmp_path)
 
 

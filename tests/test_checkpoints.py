@@ -1,0 +1,329 @@
+"""Adapter checkpoints: what they hold, what they load into, and what is refused."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+import tiny
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import MAX_GATE, Qwen3VLPVMForConditionalGeneration
+from tiny import BATCHES, inputs, logits
+
+
+BATCH = inputs(*BATCHES["mixed rows"])
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """A stock checkpoint in several files, as the large ones are."""
+    folder = tmp_path_factory.mktemp("stock")
+    tiny.build_stock().save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(stock) -> Qwen3VLPVMForConditionalGeneration:
+    """A model of that checkpoint whose branches do something."""
+    config = Qwen3VLPVMConfig.from_stock(tiny.stock_config(), pvm_layers=[1, 2], pvm_hidden_size=32)
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(stock, config=config)
+    tiny.set_gates(model, 0.5)
+    model.config.base_model_name_or_path = str(stock)
+    model.config.text_config.pvm_training = {"method": "pvm", "step": 7}
+    return model
+
+
+@pytest.fixture
+def adapter(trained, tmp_path) -> Path:
+    trained.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    weights = load_file(folder / ADAPTER_WEIGHTS_NAME)
+    edit(weights)
+    save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def test_an_adapter_holds_the_branches_alone(trained, adapter):
+    files = {file.name for file in adapter.iterdir()}
+    assert files == {
+        ADAPTER_WEIGHTS_NAME,
+        *("config.json", "generation_config.json", "configuration_qwen3vl_pvm.py", "modeling_qwen3vl_pvm.py"),
+    }
+    expected = {name: weight for name, weight in trained.state_dict().items() if ".pvm_block." in name}
+    saved = load_file(adapter / ADAPTER_WEIGHTS_NAME)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert trained.config.base_model_name_or_path is not None, "saving must not change the model's own config"
+
+
+@pytest.mark.parametrize("loader", ["class", "auto", "device map"])
+def test_an_adapter_equals_the_whole_checkpoint(trained, adapter, tmp_path, loader):
+    trained.save_pretrained(tmp_path / "whole")
+    whole = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    if loader == "class":
+        loaded, info = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    elif loader == "auto":
+        loaded = AutoModelForImageTextToText.from_pretrained(adapter, trust_remote_code=True)
+    else:
+        loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, device_map="cpu")
+    assert loaded.name_or_path == str(adapter)
+    expected = whole.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    assert torch.equal(logits(loaded, BATCH), logits(trained, BATCH))
+    assert not torch.equal(logits(loaded, BATCH), logits(trained, BATCH, use_pvm=False))
+
+
+def test_an_adapter_loads_offloaded_to_disk(trained, adapter, tmp_path):
+    layers = {f"model.language_model.layers.{index}": "disk" if index == 2 else "cpu" for index in range(4)}
+    others = ("model.visual", "model.language_model.embed_tokens", "model.language_model.norm", "lm_head")
+    device_map = {**layers, **dict.fromkeys((*others, "model.language_model.rotary_emb"), "cpu")}
+    loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(
+        adapter, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.model.language_model.layers[2].pvm_block.gate_alpha.device.type == "meta"
+    assert torch.equal(logits(loaded, BATCH), logits(trained, BATCH))
+
+
+def test_an_adapter_loads_as_the_backbone(trained, adapter):
+    backbone = AutoModel.from_pretrained(adapter, trust_remote_code=True)
+    expected = trained.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in backbone.state_dict().items())
+
+
+def test_whole_and_back(trained, adapter, stock, tmp_path):
+    """A whole checkpoint names no base, and an adapter made of it is the first one again."""
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
+    model.save_pretrained(tmp_path / "whole")
+    written = json.loads((tmp_path / "whole/config.json").read_text())
+    assert written["base_model_name_or_path"] is None and str(stock.parent) not in json.dumps(written)
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="needs the name of its base"):
+        model.save_pretrained(tmp_path / "again", adapter_only=True)
+    model.config.base_model_name_or_path = trained.config.base_model_name_or_path
+    model.save_pretrained(tmp_path / "again", adapter_only=True)
+    for name in (ADAPTER_WEIGHTS_NAME, "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_precision_is_the_base_s(trained, adapter):
+    half = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("elsewhere", ["class", "auto"])
+def test_a_base_that_lies_elsewhere(trained, adapter, stock, tmp_path, elsewhere):
+    edit_config(adapter, base_model_name_or_path=str(tmp_path / "gone"))
+    load = Qwen3VLPVMForConditionalGeneration.from_pretrained
+    with pytest.raises(OSError, match=r"holds PVM branches only.*gone.*base_model_name_or_path"):
+        load(adapter)
+    if elsewhere == "auto":
+        load = AutoModelForImageTextToText.from_pretrained
+    loaded = load(adapter, base_model_name_or_path=str(stock), trust_remote_code=True)
+    assert torch.equal(logits(loaded, BATCH), logits(trained, BATCH))
+
+
+def test_a_base_of_another_shape_is_refused(adapter, tmp_path):
+    tiny.build_stock({"num_hidden_layers": 5, "intermediate_size": 96}).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"another shape: text_config.intermediate_size is 96 and not 80; .*num_hidden_layers is 5"
+    ):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, base_model_name_or_path=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("revision", ["a" * 40, "b" * 40, None])
+def test_another_revision_of_the_base_is_warned_about(trained, stock, tmp_path, caplog, monkeypatch, revision):
+    """The revision of a downloaded file is told by where it lies in the cache."""
+    base = stock if revision is None else tmp_path / "models--org--base" / "snapshots" / revision
+    if revision is not None:
+        shutil.copytree(stock, base)
+    trained.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    text_config = json.loads((tmp_path / "adapter/config.json").read_text())["text_config"]
+    mark = {"method": "pvm", "step": 7, "base_model": "org/base", "base_revision": "a" * 40}
+    edit_config(
+        tmp_path / "adapter", base_model_name_or_path=str(base), text_config={**text_config, "pvm_training": mark}
+    )
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    warned = "trained on revision " + "a" * 40 in caplog.text
+    assert warned == (revision != "a" * 40)
+
+
+def test_incomplete_branches_are_refused(adapter):
+    edit_weights(adapter, lambda weights: weights.pop("model.language_model.layers.1.pvm_block.gate_alpha"))
+    with pytest.raises(ValueError, match="1 of their 30 weights are missing"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
+
+
+def test_incomplete_branches_are_refused_without_a_mark(trained, tmp_path):
+    model = tiny.build()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.language_model.layers.1.pvm_block.gate_alpha"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds PVM branches, but 1 of their 30 weights are missing"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2 * MAX_GATE, 1e30])
+@pytest.mark.parametrize("whole", [True, False])
+def test_absurd_gates_are_refused(trained, tmp_path, value, whole):
+    trained.save_pretrained(tmp_path, adapter_only=not whole)
+    file = tmp_path / ("model.safetensors" if whole else ADAPTER_WEIGHTS_NAME)
+    weights = load_file(file)
+    weights["model.language_model.layers.2.pvm_block.gate_alpha"].fill_(value)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the gate of layer 2 is"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_the_largest_gate_is_taken(trained, adapter):
+    gate = "model.language_model.layers.2.pvm_block.gate_alpha"
+    edit_weights(adapter, lambda weights: weights[gate].fill_(-MAX_GATE))
+    loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
+    assert loaded.model.language_model.layers[2].pvm_block.gate_alpha.item() == -MAX_GATE
+
+
+def test_the_stock_class_fails_on_an_adapter(adapter):
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        Qwen3VLForConditionalGeneration.from_pretrained(adapter)
+
+
+def test_pickles_are_not_read(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_pickled_base_is_not_read(trained, adapter, stock, tmp_path):
+    weights = {}
+    for file in stock.glob("*.safetensors"):
+        weights |= load_file(file)
+    (tmp_path / "base").mkdir()
+    shutil.copy(stock / "config.json", tmp_path / "base")
+    torch.save(weights, tmp_path / "base/pytorch_model.bin")
+    with pytest.raises(OSError, match="cannot be had"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, base_model_name_or_path=str(tmp_path / "base"))
+
+
+def test_a_folder_s_name_is_not_pushed(trained, tmp_path):
+    with pytest.raises(ValueError, match="which nobody else has"):
+        trained.save_pretrained(tmp_path, adapter_only=True, push_to_hub=True, repo_id="org/name")
+    assert not list(tmp_path.iterdir())
+
+
+# Branches on a base whose layers are wide enough for bitsandbytes' CPU kernels
+FOUR_BIT = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=[r".*\.visual", "lm_head"]
+)
+
+
+@torch.no_grad()
+def describe_gray(model, base) -> torch.Tensor:
+    """Logits of a question about a gray picture."""
+    processor = AutoProcessor.from_pretrained(base)
+    content = [{"type": "image"}, {"type": "text", "text": "Cell first alpha?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    batch = processor(text=[prompt], images=[Image.new("RGB", (32, 32), (99, 99, 99))], return_tensors="pt")
+    return model(**batch).logits
+
+
+def with_branches(base, adapter: Path, **kwargs) -> Qwen3VLPVMForConditionalGeneration:
+    """A base with branches that do something, saved as an adapter."""
+    config = Qwen3VLPVMConfig.from_pretrained(base)
+    fields = {**config.text_config.to_dict(), "pvm_hidden_size": 32}
+    config = Qwen3VLPVMConfig.from_dict({**config.to_dict(), "text_config": fields})
+    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(base, config=config, **kwargs)
+    tiny.set_gates(model, 0.5)
+    model.config.base_model_name_or_path = str(base)
+    model.save_pretrained(adapter, adapter_only=True)
+    return model
+
+
+def test_a_quantised_base_keeps_the_branches_as_they_are(base, tmp_path):
+    model = with_branches(base, tmp_path / "adapter")
+    loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "adapter", quantization_config=FOUR_BIT)
+    assert loaded.model.language_model.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+    expected = model.state_dict()
+    branches = [name for name in expected if ".pvm_block." in name]
+    assert len(branches) == 45
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in branches)
+    difference = (describe_gray(loaded, base) - describe_gray(model, base)).abs().max()
+    assert 0 < difference < 0.5
+    # Saved again, it is the adapter that it was: how the base is loaded is chosen each time.
+    loaded.save_pretrained(tmp_path / "again", adapter_only=True)
+    for name in (ADAPTER_WEIGHTS_NAME, "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_a_base_stored_in_4_bit(base, tmp_path):
+    stored = Qwen3VLForConditionalGeneration.from_pretrained(base, quantization_config=FOUR_BIT)
+    stored.save_pretrained(tmp_path / "base")
+    model = with_branches(tmp_path / "base", tmp_path / "adapter")
+    assert len(load_file(tmp_path / "adapter" / ADAPTER_WEIGHTS_NAME)) == 45
+    loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    assert loaded.model.language_model.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+    assert torch.equal(describe_gray(loaded, base), describe_gray(model, base))
+
+
+# One call without the branches
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_off_is_the_stock_model(trained, stock, kind):
+    batch = inputs(*BATCHES[kind])
+    expected = logits(Qwen3VLForConditionalGeneration.from_pretrained(stock), batch)
+    assert torch.equal(logits(trained, batch, use_pvm=False), expected)
+
+
+def test_off_in_generate(trained, stock):
+    base = Qwen3VLForConditionalGeneration.from_pretrained(stock)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    on = trained.generate(**BATCH, **options)
+    assert torch.equal(trained.generate(**BATCH, **options, use_pvm=False), base.generate(**BATCH, **options))
+    assert not torch.equal(on, base.generate(**BATCH, **options)), "the branches must matter here"
+    assert torch.equal(trained.generate(**BATCH, **options), on), "it must not be remembered"
+
+
+@torch.no_grad()
+def test_off_and_on_again_on_one_cache(trained):
+    """What is seen while the branches are off is there when they are on."""
+    batch = inputs([tiny.text(4), tiny.image(), tiny.text(7, 1)])
+    prompt = trained(**batch, use_pvm=False)
+    token = torch.tensor([[5]])
+    after = trained(input_ids=token, past_key_values=prompt.past_key_values).logits
+    layers = prompt.past_key_values.layers
+    assert [layers[index].visual_memory.keys.shape[2] for index in (1, 2)] == [4, 4]
+
+    off = trained(**batch, use_pvm=False)
+    without = trained(input_ids=token, past_key_values=off.past_key_values, use_pvm=False).logits
+    assert not torch.equal(after, without)
+
+
+def test_a_misspelt_switch_is_refused(trained):
+    with pytest.raises(ValueError, match="use_pmv"):
+        trained.generate(**BATCH, max_new_tokens=2, use_pmv=False)
