@@ -466,8 +466,8 @@ def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -
     ]
     if different:
         raise ValueError(
-            f"{name} is not the base of {adapter}, but a model of another shape: {'; '.join(different)}. Name the right "
-            "one with `base_model_name_or_path=...`."
+            f"{name} is not the base of {adapter}, but a model of another shape: {'; '.join(different)}. Name the "
+            "right one with `base_model_name_or_path=...`."
         )
 
 
@@ -529,8 +529,8 @@ def _check_gates(model: nn.Module, name: str) -> None:
     mark = model.config.get_text_config().pvm_training
     if mark is not None and gates and not any(gate.any() for gate in gates.values()):
         raise ValueError(
-            f"{name} says that its PVM branches were trained ({mark}), but all gates are exactly 0, so it would answer "
-            "as the stock model. Its weights are not the trained ones."
+            f"{name} says that its PVM branches were trained ({mark}), but all gates are exactly 0, so it would "
+            "answer as the stock model. Its weights are not the trained ones."
         )
 
 
@@ -593,13 +593,14 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
             base = config.base_model_name_or_path
             if base is None:
                 raise ValueError(
-                    "An adapter checkpoint needs the name of its base: set `model.config.base_model_name_or_path` (and "
-                    "`base_model_revision`) first."
+                    "An adapter checkpoint needs the name of its base: set `model.config.base_model_name_or_path` "
+                    "(and `base_model_revision`) first."
                 )
             if kwargs.get("push_to_hub") and os.path.isdir(base):
                 raise ValueError(
-                    f"The base is the folder {base}, which nobody else has. Set `model.config.base_model_name_or_path` "
-                    "to its name on the Hub, or push everything, without `adapter_only`."
+                    f"The base is the folder {base}, which nobody else has. Set "
+                    "`model.config.base_model_name_or_path` to its name on the Hub, or push everything, without "
+                    "`adapter_only`."
                 )
             if "quantization_config" in config and not self.hf_quantizer.pre_quantized:
                 del config.quantization_config  # chosen when the base was loaded, and to be chosen then again
@@ -650,8 +651,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """
-        What `from_pretrained` calls with the files that it found. An adapter's come on top of its base's, and go
-        through the same loader: device maps, offloading, quantisation and sharding treat the branches as anything else.
+        What `from_pretrained` calls with the files that it found. An adapter's come on top of its base's, through
+        the same loader: device maps, offloading, quantisation and sharding treat the branches as anything else.
         """
         if expected_keys is not None:  # a PEFT adapter, loaded into a model that is there
             return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -682,8 +683,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
             )
         if missing:
             logger.warning(
-                f"{name} has no PVM branches: new ones are in layers {config.get_text_config().pvm_layers}. Until they "
-                "are trained, the model computes what the stock model computes."
+                f"{name} has no PVM branches: new ones are in layers {config.get_text_config().pvm_layers}. Until "
+                "they are trained, the model computes what the stock model computes."
             )
         return loading_info, disk_offload_index
 
