@@ -27,12 +27,12 @@ seed_names = base $(foreach s,0 $(SEEDS),PVM-$(s) LoRA-$(s))
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
-	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.safetensors
+	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.pvm.safetensors
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
 
 seeds: demo
 	$(MAKE) -j2 $(foreach s,$(SEEDS),runs/digits_lora_seed$(s)/adapter_model.safetensors \
-		runs/digits_pvm_seed$(s)/model.safetensors)
+		runs/digits_pvm_seed$(s)/model.pvm.safetensors)
 	$(RUN) eval.py --config recipes/digits_eval.yaml --model $(seed_models) --names $(seed_names) \
 		--output_dir runs/digits_seeds --overwrite true
 
@@ -76,10 +76,10 @@ data/digits/test.parquet:
 data/digits-backbone/test.parquet:
 	$(RUN) -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
 
-runs/digits_pvm/model.safetensors:
+runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))
 
-runs/digits_pvm_seed%/model.safetensors:
+runs/digits_pvm_seed%/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml --seed $* --output_dir $(@D) $(call resume,$(@D))
 
 # Beside the trainings above, so its progress goes to a file.

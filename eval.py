@@ -40,6 +40,7 @@ from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, proces
 from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.formats import message_text
+from pvm.methods import public_name
 from pvm.metrics import (
     AccuracyByDepth,
     AccuracyByDistance,
@@ -426,6 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     report = {
         "arguments": asdict(args),
+        "dataset": public_name(args.dataset_name),
         "rows": len(conversations),
         "versions": {
             "python": platform.python_version(),

@@ -604,18 +604,22 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
                 )
             if "quantization_config" in config and not self.hf_quantizer.pre_quantized:
                 del config.quantization_config  # chosen when the base was loaded, and to be chosen then again
-            kwargs |= {"variant": ADAPTER_VARIANT, "save_original_format": False}
+            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+            branches = {name: weight for name, weight in state_dict.items() if ".pvm_block." in name}
+            kwargs |= {"state_dict": branches, "variant": ADAPTER_VARIANT, "save_original_format": False}
         else:
             config.base_model_name_or_path = config.base_model_revision = config.peft_adapter = None
 
-        own = self.config, self._keys_to_ignore_on_save
+        # transformers saves what stands on the model. Branches are not quantised, whatever their base is.
+        stand_ins = {"config": config}
+        if adapter_only and "quantization_config" in self.config:
+            stand_ins["hf_quantizer"] = None
+        own = {name: vars(self)[name] for name in stand_ins}
+        vars(self).update(stand_ins)
         try:
-            self.config = config
-            if adapter_only:
-                self._keys_to_ignore_on_save = {key for key in self.state_dict() if ".pvm_block." not in key}
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.config, self._keys_to_ignore_on_save = own
+            vars(self).update(own)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
@@ -674,7 +678,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         missing = sorted(key for key in loading_info.missing_keys if ".pvm_block." in key)
         branches = [key for key in model.state_dict() if ".pvm_block." in key]
         mark = config.get_text_config().pvm_training
-        if missing and (mark is not None or len(missing) < len(branches)):
+        says_so = {cls.__name__, *__all__} & {*(config.architectures or ())}
+        if missing and (mark is not None or says_so or len(missing) < len(branches)):
             said = "holds PVM branches" if mark is None else f"says that its PVM branches were trained ({mark})"
             raise ValueError(
                 f"{name} {said}, but {len(missing)} of their {len(branches)} weights are missing, e.g. {missing[0]}: "

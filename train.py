@@ -56,15 +56,20 @@ def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
     )
+    name = model_args.model_name_or_path
     console = Console(soft_wrap=True, quiet=training_args.process_index > 0)
+    model_config(model_args)  # what does not fit is found out before the data is gone through
     settings = run_settings(model_args, data_args, training_args)
+    if training_args.push_to_hub and Path(settings["base_model"]).is_dir():
+        raise UserError(
+            f"--push_to_hub with the base {name}, a folder that nobody else has: give its name on the Hub with "
+            "--base_model_id, or train without pushing and make a whole checkpoint of it (python -m pvm.convert)."
+        )
     checkpoint = None if data_args.dry_run else find_checkpoint(training_args, settings)
     # Text alone gives the vision tower no gradient.
     training_args.ddp_find_unused_parameters = model_args.method == "full"
     set_seed(training_args.seed)
 
-    name = model_args.model_name_or_path
-    model_config(model_args)  # what does not fit is found out before the data is gone through
     processor = load_processor(name, model_args.model_revision)
     dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
     if data_args.dry_run:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -136,8 +137,14 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
 
     processor = load_processor(path)
     _make_greedy(model, processor.tokenizer)
-    mark = (model.config.text_config.pvm_training if kind != "stock" else None) or {}
-    return Checkpoint(model.eval(), processor, _describe(model, path, kind, mark.get("method"), mark.get("step")))
+    if kind == "stock":
+        return Checkpoint(model.eval(), processor, _describe(model, path, kind))
+    mark = model.config.text_config.pvm_training or {}
+    description = _describe(model, path, kind, mark.get("method"), mark.get("step"))
+    description.base = model.config.base_model_name_or_path
+    if model.dtype == torch.float32:
+        merge_lora(model)
+    return Checkpoint(model.eval(), processor, description)
 
 
 def _load_adapter(path: str, dtype: str) -> Checkpoint:
@@ -145,8 +152,6 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
     base_path = config.base_model_name_or_path
     try:
         base = load_checkpoint(base_path, dtype)
-        if Path(path, "config.json").is_file():  # the adapter holds branches, and this says where they are
-            base.model = _with_new_branches(base_path, path, base.model)
     except (UserError, OSError) as error:
         raise UserError(f"{path} is an adapter for {base_path}, which cannot be loaded: {error}") from error
     try:
@@ -156,9 +161,7 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
             model = PeftModel.from_pretrained(base.model, path)
     except UserWarning as error:
         raise UserError(f"{path} lacks weights of its adapter. Get the complete checkpoint.") from error
-    method = config.peft_type.value.lower()
-    method = f"pvm+{method}" if pvm_blocks(model) else method
-    description = _describe(model.base_model.model, path, "adapter", method)
+    description = _describe(model.base_model.model, path, "adapter", config.peft_type.value.lower())
     description.base, description.parameters = base_path, model.num_parameters()
     if base.model.dtype == torch.float32:
         # Merged, it costs nothing at run time. In a smaller dtype merging would round the adapter's effect away.
@@ -169,15 +172,11 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
     return Checkpoint(model.eval(), processor, description)
 
 
-def _with_new_branches(base_path: str, path: str, base: PreTrainedModel) -> PreTrainedModel:
-    """The stock model with branches where the config in `path` has them, for an adapter to fill."""
-    config = Qwen3VLPVMConfig.from_pretrained(path)
-    config.text_config.pvm_training = None  # not those of the base
-    model = Qwen3VLPVMForConditionalGeneration.from_pretrained(
-        base_path, config=config, dtype=base.dtype, device_map=base.device
-    )
-    model.generation_config = base.generation_config
-    return model
+def merge_lora(model: torch.nn.Module) -> None:
+    """Add LoRA to the weights that it adapts, so that it costs nothing at run time. Rounds in a small dtype."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
 
 
 def _make_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

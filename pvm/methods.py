@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import CONFIG_NAME, is_flash_attn_2_available
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
@@ -45,6 +47,13 @@ class ModelArguments:
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    base_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "The base's name on the Hub, if --model_name_or_path is a copy of it on this machine: what is "
+            "saved then names that and not the folder. A push needs it."
+        },
+    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -128,8 +137,10 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
         UserError: if the checkpoint does not fit the method, or flags contradict it.
     """
     name, method = arguments.model_name_or_path, arguments.method
+    config = model_config(arguments)
+    base, revision = base_model(arguments)
     loading = {
-        "config": model_config(arguments),
+        "config": config,
         "revision": arguments.model_revision,
         "dtype": "float32" if method == "full" else arguments.dtype,
         "attn_implementation": arguments.attn_implementation,
@@ -154,6 +165,8 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     model.requires_grad_(False)
     for block in pvm_blocks(model).values():
         block.requires_grad_(True).float()
+    if arguments.has_branches and model.config.base_model_name_or_path is None:
+        model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
     if arguments.method in ("lora", "pvm+lora"):
         lora = LoraConfig(
             r=arguments.lora_rank,
@@ -162,9 +175,25 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
             modules_to_save=["pvm_block"] if arguments.has_branches else None,
         )
         model = get_peft_model(model, lora)  # its weights are float32 over a backbone of any dtype
+        lora.base_model_name_or_path, lora.revision = base, revision  # peft's own is the path as it was given
     elif arguments.method == "full":
         model.requires_grad_(True)
     return model
+
+
+def base_model(arguments: ModelArguments) -> tuple[str, str | None]:
+    """What a checkpoint calls the model that it was made from: a Hub name and a commit, or a folder and `None`."""
+    name = arguments.model_name_or_path
+    if not Path(name).is_dir():
+        config_file = cached_file(name, CONFIG_NAME, revision=arguments.model_revision)
+        return name, extract_commit_hash(config_file, None)
+    return arguments.base_model_id or str(Path(name).absolute()), None
+
+
+def public_name(name: str) -> dict[str, Any]:
+    """What others may be told of a model or data set: its `name`, without folders, and whether it is `on_hub`."""
+    local = Path(name).exists()
+    return {"name": Path(name).name if local else name, "on_hub": not local}
 
 
 def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
@@ -222,6 +251,11 @@ def _branched_config(
     config_class: type[Qwen3VLPVMConfig], name: str, revision: str, stored: dict[str, Any], pvm_fields: dict[str, Any]
 ) -> Qwen3VLPVMConfig:
     config = config_class.from_pretrained(name, revision=revision)
+    if config.peft_adapter is not None:
+        raise UserError(
+            f"{name} holds a LoRA adapter beside its branches, and training does not go on from both. Merge it: "
+            f"python -m pvm.convert {name} FOLDER --to full, and start from that folder."
+        )
     if "pvm_layers" not in stored.get("text_config", {}):
         # A stock checkpoint: its branches are made here, so the flags decide.
         text_config = {**config.text_config.to_dict(), "pvm_layers": None, **pvm_fields}

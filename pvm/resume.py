@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .checks import REPORTS
 from .errors import UserError
-from .methods import ModelArguments
+from .methods import ModelArguments, base_model
 from .sources import DataArguments
 from .trainer import SETTINGS, STAGING, PVMTrainingArguments
 
@@ -71,6 +71,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run, as JSON has it."""
     settings = {**asdict(model_args), "model_name_or_path": str(Path(model_args.model_name_or_path))}
+    settings["base_model"], settings["base_revision"] = base_model(model_args)
     for key in ("dataset_name", "dataset_config", "dataset_split", "dataset_weights", "max_samples", "train_on"):
         settings[key] = asdict(data_args)[key]
     settings |= {key: asdict(data_args)[key] for key in ("stopping_strategy", "streaming", "max_length")}

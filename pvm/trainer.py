@@ -1,5 +1,6 @@
 """transformers' Trainer with what PVM needs: cheap logits, a rate for gates, gates in the log, exact resumes."""
 
+import copy
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -18,16 +20,26 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
+from transformers.utils import logging
 
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
 
 from .callbacks import BranchGradients, StopOnSigterm, whole
+from .card import write_card, write_record
 from .data import IGNORE_INDEX, ConversationStream
 from .errors import UserError
+from .hub import push
 from .methods import PEFT_ORIGINAL, pvm_blocks
 
 
+logger = logging.get_logger(__name__)
+
+LORA_FOLDER = "lora"
+# What peft puts before the names of a model's weights.
+PEFT_PREFIX = "base_model.model."
 # The float32 branches of a run over a backbone of another dtype, beside the optimizer's state: for resuming only.
 MASTER_WEIGHTS = "pvm_float32.safetensors"
 # What FSDP gathers one at a time.
@@ -69,12 +81,16 @@ class PVMTrainingArguments(TrainingArguments):
             ("label_smoothing_factor", self.label_smoothing_factor != 0),
             ("eval_strategy", self.eval_strategy != "no"),
             ("load_best_model_at_end", self.load_best_model_at_end),
-            ("push_to_hub", self.push_to_hub),
         ):
             if given:
                 raise UserError(
                     f"--{flag} is not supported here, and would do something else than it says. Leave it out."
                 )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise UserError(
+                f"--hub_strategy {self.hub_strategy.value} would push the optimizer's state, which is a pickle. Take "
+                "every_save or end."
+            )
         if self.use_liger_kernel:
             raise UserError(
                 "--use_liger_kernel: liger-kernel chooses its kernels by model type and has none for a model with "
@@ -90,9 +106,9 @@ class PVMTrainer(Trainer):
     - The loss is the mean over the labels of a whole step, over all micro-batches and ranks.
     - Logits are computed only at the tokens that predict a label: with a vocabulary of 151,936 the others would be
       most of a short answer's memory.
-    - Checkpoints are complete: weights in the backbone's dtype, config, code files, processor. Where the branches
-      train in float32 over another dtype, their float32 weights are kept beside the optimizer's state, so that a
-      resumed run goes on exactly where it stopped.
+    - Checkpoints hold what was trained, in the backbone's dtype, and all that it takes to load and push it: config,
+      code files, processor, card. Where the branches train in float32 over another dtype, their float32 weights are
+      kept beside the optimizer's state, so that a resumed run goes on exactly where it stopped.
     - A checkpoint appears under its name only when it is whole, whatever happens during the save.
     """
 
@@ -191,7 +207,9 @@ class PVMTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         output_dir = Path(output_dir or self.args.output_dir)
         with self._staged(output_dir) as staging:
-            super().save_model(str(staging), _internal_call)
+            super().save_model(str(staging), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub()
 
     def _get_output_dir(self, trial) -> str:
         """Where `_save_checkpoint` puts `checkpoint-*`."""
@@ -201,6 +219,14 @@ class PVMTrainer(Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         with self._staged(run_dir):
             super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            step = self.state.global_step
+            try:
+                self._push(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}", f"Training in progress, step {step}")
+            except UserError:
+                raise
+            except Exception as error:  # whatever a network can do must not end hours of training
+                logger.warning(f"Step {step} is saved but could not be pushed; training goes on. {error}")
         if self.args.should_save and self.args.save_total_limit:
             for old in sort_checkpoints(str(run_dir))[: -self.args.save_total_limit]:
                 _remove(Path(old))
@@ -226,21 +252,47 @@ class PVMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Only what was trained, if that is branches; else as `Trainer` does it."""
         if pvm_blocks(self.model):
-            mark = {"method": self.method, "step": self.state.global_step}
-            self.model.config.get_text_config().pvm_training = mark
-        if isinstance(self.model, PeftModel):
-            if pvm_blocks(self.model):  # an adapter's own config does not say where the branches are
-                config = self.model.config.to_dict()
-                config.pop("quantization_config", None)  # the precision of the base is chosen when it is loaded
-                type(self.model.config).from_dict(config).save_pretrained(output_dir)
-        elif pvm_blocks(self.model):
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            if self.args.should_save:
+                self._save_adapter(Path(output_dir), self.model.state_dict() if state_dict is None else state_dict)
+        else:
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle, with paths of this machine; what a checkpoint needs of the arguments is in its run.json.
+            (Path(output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            write_record(Path(output_dir), self.model, self.settings, self.state)
+            write_card(Path(output_dir), self.hub_model_id or Path(self.args.output_dir).name)
+
+    def _save_adapter(self, output_dir: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """The branches in the backbone's dtype and, with LoRA, its adapter in a folder of its own."""
+        model, lora = self.model, {}
+        if isinstance(model, PeftModel):
             state_dict = {
-                name: weight.to(self.model.dtype) if ".pvm_block." in name else weight
-                for name, weight in state_dict.items()
+                name.removeprefix(PEFT_PREFIX): weight
+                for name, weight in get_peft_model_state_dict(model, state_dict).items()
             }
-        super()._save(output_dir, state_dict)
+            lora = {name: weight for name, weight in state_dict.items() if ".pvm_block." not in name}
+            model = model.get_base_model()
+        config, base = model.config, model.config.base_model_name_or_path
+        config.get_text_config().pvm_training = {
+            "method": self.method,
+            "step": self.state.global_step,
+            "base_model": None if Path(base).is_dir() else base,
+            "base_revision": config.base_model_revision,
+        }
+        config.peft_adapter = LORA_FOLDER if lora else None
+        branches = {name: weight.to(model.dtype) for name, weight in state_dict.items() if ".pvm_block." in name}
+        model.save_pretrained(output_dir, state_dict=branches, adapter_only=True)
+        if lora:
+            lora_config = copy.copy(self.model.peft_config["default"])
+            lora_config.base_model_name_or_path, lora_config.modules_to_save = base, None
+            lora_config.inference_mode = True
+            lora_config.save_pretrained(output_dir / LORA_FOLDER)
+            lora = {PEFT_PREFIX + name: weight.contiguous() for name, weight in lora.items()}
+            save_file(lora, output_dir / LORA_FOLDER / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -248,18 +300,49 @@ class PVMTrainer(Trainer):
             Path(output_dir, SETTINGS).write_text(json.dumps(self.settings, indent=2))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # what they save to resume from has every weight in its own dtype
-        if isinstance(self.model, PeftModel):
-            return  # an adapter is saved in float32
-        masters = {name: weight for name, weight in self.model.state_dict().items() if ".pvm_block." in name}
-        masters = {name: weight.contiguous() for name, weight in masters.items() if weight.dtype != self.model.dtype}
+        branches = self._trained_branches()
+        masters = {name: weight for name, weight in branches.items() if weight.dtype != self.model.dtype}
         if masters and self.args.should_save:
             save_file(masters, Path(output_dir) / MASTER_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        masters = Path(resume_from_checkpoint) / MASTER_WEIGHTS
-        if masters.is_file():
-            (self.model if model is None else model).load_state_dict(load_file(masters), strict=False)
+        checkpoint = Path(resume_from_checkpoint)
+        if not pvm_blocks(self.model) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = load_file(checkpoint / ADAPTER_WEIGHTS_NAME)
+        if (checkpoint / MASTER_WEIGHTS).is_file():
+            weights |= load_file(checkpoint / MASTER_WEIGHTS)
+        if not isinstance(self.model, PeftModel):
+            self.model.load_state_dict(weights, strict=False)
+            return
+        weights = {PEFT_PREFIX + name: weight for name, weight in weights.items()}
+        weights |= load_file(checkpoint / LORA_FOLDER / SAFETENSORS_WEIGHTS_NAME)
+        set_peft_model_state_dict(self.model, weights)
+
+    def _trained_branches(self) -> dict[str, torch.Tensor]:
+        """The branches' weights under the names that they have without peft."""
+        state_dict = self.model.state_dict()
+        if isinstance(self.model, PeftModel):
+            state_dict = get_peft_model_state_dict(self.model, state_dict)
+        return {
+            name.removeprefix(PEFT_PREFIX): weight.contiguous()
+            for name, weight in state_dict.items()
+            if ".pvm_block." in name
+        }
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Ours is written with every save."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: `_save_checkpoint` pushes when the checkpoint has its name."""
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
+        """Push what is saved in the output folder, as one commit."""
+        if self.is_world_process_zero():
+            self._push(Path(self.args.output_dir), commit_message)
+
+    def _push(self, folder: Path, commit_message: str) -> None:
+        push(folder, self.hub_model_id, commit_message, self.args.hub_revision, self.args.hub_token)
 
 
 def _remove(folder: Path) -> None:

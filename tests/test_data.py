@@ -649,7 +649,7 @@ def test_training_and_resuming_on_mixed_forms(media, tmp_path, streaming):
              "--per_device_train_batch_size", "3", "--streaming", str(streaming), "--disable_tqdm", "true",
              "--learning_rate", "1e-3", "--warmup_steps", "0", "--dataset_weights", "5", "3", "2", *flags]
         )  # fmt: skip
-        return load_file(tmp_path / folder / "model.safetensors")
+        return load_file(tmp_path / folder / "model.pvm.safetensors")
 
     whole = run("whole")
     resumed = run("resumed", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2"))

@@ -12,10 +12,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from safetensors.torch import load_file
 
 from pvm.checkpoints import load_checkpoint
-from training import PVM, ROOT, losses, run, start
+from training import PVM, ROOT, losses, run, start, weights
 
 
 # One conversation at a time, so that in some steps one of the two ranks has no image at all.
@@ -26,7 +25,6 @@ METHODS = {
     "lora": ("--method", "lora"),
     "pvm+lora": (*PVM, "--method", "pvm+lora"),
 }
-WEIGHTS = {"lora": "adapter_model.safetensors", "pvm+lora": "adapter_model.safetensors"}
 
 
 def launch(config: str, *args):
@@ -64,10 +62,9 @@ def alone(base, conversations, tmp_path_factory):
     return runs
 
 
-def assert_same_weights(actual: Path, expected: Path, method: str, atol: float):
-    name = WEIGHTS.get(method, "model.safetensors")
-    ours, theirs = load_file(actual / name), load_file(expected / name)
-    assert ours.keys() == theirs.keys()
+def assert_same_weights(actual: Path, expected: Path, atol: float):
+    ours, theirs = weights(actual), weights(expected)
+    assert theirs and ours.keys() == theirs.keys()
     for key, weight in theirs.items():
         torch.testing.assert_close(ours[key], weight, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -80,7 +77,7 @@ def test_two_processes_learn_what_one_does(base, conversations, alone, tmp_path,
     assert "Everything frozen is as it was" in output
     assert losses(tmp_path / "run") == pytest.approx(losses(expected), abs=2e-3 if "bf16" in method else 1e-4)
     # AdamW divides by the size of the gradient, so float noise in a tiny one moves a weight by up to the rate.
-    assert_same_weights(tmp_path / "run", expected, method, atol=2e-2 if "bf16" in method else 2e-4)
+    assert_same_weights(tmp_path / "run", expected, atol=2e-2 if "bf16" in method else 2e-4)
     sharded = list((tmp_path / "run" / "checkpoint-3").glob("pytorch_model_fsdp*"))
     assert bool(sharded) == (config == "fsdp2"), "FSDP was not on, or was on"
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):  # in one process, without sharding
@@ -110,4 +107,4 @@ def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_pa
     assert 1 <= int(checkpoint.name.rpartition("-")[2]) < 6
     finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert_same_weights(tmp_path / "run", tmp_path / "whole", "pvm", atol=0)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)

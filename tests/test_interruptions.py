@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.errors import UserError
 from pvm.trainer import STAGING, PVMTrainer
-from training import PVM, ROOT, losses, run, start
+from training import PVM, ROOT, losses, run, start, weights
 
 
 FLAGS = (*PVM, "--save_steps", "1", "--max_steps", "8")
@@ -33,15 +34,15 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 
 def assert_same_run(resumed: Path, whole: Path):
     assert losses(resumed) == losses(whole)
-    expected, actual = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert all((expected[name] == actual[name]).all() for name in expected)
+    expected, actual = (weights(folder) for folder in (whole, resumed))
+    assert expected and all((expected[name] == actual[name]).all() for name in expected)
 
 
 def assert_only_whole_checkpoints(output_dir: Path):
     for checkpoint in output_dir.glob("checkpoint-*"):
         names = {path.name for path in checkpoint.iterdir()}
-        assert {"model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
-        load_file(checkpoint / "model.safetensors")
+        assert {ADAPTER_WEIGHTS_NAME, "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= names
+        load_file(checkpoint / ADAPTER_WEIGHTS_NAME)
 
 
 def test_killed_during_a_save(base, conversations, whole, tmp_path):
@@ -52,7 +53,7 @@ def test_killed_during_a_save(base, conversations, whole, tmp_path):
         process = start([str(ROOT / "train.py")], base, conversations, output_dir, *FLAGS, *resume)
         wait_for((output_dir / f"checkpoint-{step}").exists, process)
         staged = output_dir / STAGING
-        wait_for(lambda staged=staged: any(staged.glob("checkpoint-*/model.safetensors")), process)
+        wait_for(lambda staged=staged: any(staged.glob(f"checkpoint-*/{ADAPTER_WEIGHTS_NAME}")), process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert list(staged.iterdir()), "the save was over before the signal came: no test"
@@ -77,7 +78,7 @@ def test_terminated(base, conversations, whole, tmp_path):
     assert process.returncode != 0
     assert "stopped by SIGTERM after step" in output and "--resume_from_checkpoint last" in output
     assert_only_whole_checkpoints(output_dir)
-    assert not (output_dir / "model.safetensors").exists(), "it is not finished"
+    assert not (output_dir / ADAPTER_WEIGHTS_NAME).exists(), "it is not finished"
     run(base, conversations, output_dir, *FLAGS, *LAST)
     assert_same_run(output_dir, whole)
 

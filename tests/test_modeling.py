@@ -765,9 +765,14 @@ def test_accepts_a_trained_checkpoint_with_one_gate_open(model, tmp_path):
     assert [block.gate_alpha.item() for block in branches(again)] == [0.0, -0.25]
 
 
-@pytest.mark.parametrize("with_branches", [True, False])
-def test_accepts_an_unmarked_checkpoint(model, tmp_path, with_branches):
-    save_with(model, tmp_path, gate=0.0, mark=None, with_branches=with_branches)
+def test_refuses_an_unmarked_checkpoint_without_its_branches(model, tmp_path):
+    save_with(model, tmp_path, gate=0.0, mark=None, with_branches=False)
+    with pytest.raises(ValueError, match="holds PVM branches, but 30 of their 30 weights are missing"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_accepts_an_unmarked_checkpoint(model, tmp_path):
+    save_with(model, tmp_path, gate=0.0, mark=None)
     again = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
     assert [block.gate_alpha.item() for block in branches(again)] == [0.0, 0.0]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 import train
-from configuration_qwen3vl_pvm import default_pvm_layers
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, default_pvm_layers
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import load_checkpoint
@@ -23,7 +23,7 @@ from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
 from pvm.sources import DataArguments
 from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
-from training import PVM, ROOT, run
+from training import PVM, ROOT, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,9 @@ def test_pvm_trains_every_branch_parameter_and_nothing_else(base, pvm_run):
 
 
 def test_every_branch_parameter_moves(base, conversations, tmp_path):
-    first = load_file(run(base, conversations, tmp_path / "1", *PVM, "--max_steps", "2") / "model.safetensors")
-    last = load_file(run(base, conversations, tmp_path / "2", *PVM) / "model.safetensors")
-    still = [name for name in first if ".pvm_block." in name and torch.equal(first[name], last[name])]
-    assert not still
+    first = weights(run(base, conversations, tmp_path / "1", *PVM, "--max_steps", "2"))
+    last = weights(run(base, conversations, tmp_path / "2", *PVM))
+    assert len(first) == 3 * 15 and not [name for name in first if torch.equal(first[name], last[name])]
 
 
 def test_the_log_holds_each_gate_beside_the_loss(pvm_run):
@@ -65,6 +64,8 @@ def test_the_checkpoint_is_marked_with_method_and_step(pvm_run):
     assert json.loads((pvm_run / "config.json").read_text())["text_config"]["pvm_training"] == {
         "method": "pvm",
         "step": 4,
+        "base_model": None,  # a folder, of which nobody is told
+        "base_revision": None,
     }
     marked = json.loads((pvm_run / "checkpoint-2" / "config.json").read_text())
     assert marked["text_config"]["pvm_training"]["step"] == 2
@@ -147,7 +148,7 @@ model.save_pretrained({str(tmp_path / "again")!r})
 def test_branches_train_in_float32_and_are_saved_in_the_backbones_dtype(base, conversations, tmp_path):
     flags = (*PVM, "--dtype", "bfloat16", "--save_steps", "2", "--learning_rate", "1e-5")
     output_dir = run(base, conversations, tmp_path / "bf16", *flags)
-    assert {weight.dtype for weight in load_file(output_dir / "model.safetensors").values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in weights(output_dir).values()} == {torch.bfloat16}
     masters = load_file(output_dir / "checkpoint-4" / MASTER_WEIGHTS)
     assert len(masters) == 3 * 15 and {weight.dtype for weight in masters.values()} == {torch.float32}
     # Steps of 1e-5 are far below bfloat16's resolution at the norms' 1.0; in float32 they are all there.
@@ -168,9 +169,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(base, conversations,
     resumed = run(
         base, conversations, tmp_path / "resumed", *flags, "--resume_from_checkpoint", str(whole / "checkpoint-2")
     )
-    weights = "adapter_model.safetensors" if "lora" in method_flags else "model.safetensors"
-    expected, actual = load_file(whole / weights), load_file(resumed / weights)
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    expected, actual = weights(whole), weights(resumed)
+    assert expected and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_a_new_run_overwrites_nothing(base, conversations, pvm_run):
@@ -181,11 +181,11 @@ def test_a_new_run_overwrites_nothing(base, conversations, pvm_run):
 def test_a_finished_run_is_not_trained_on(base, conversations, tmp_path):
     """As when the final save was killed: the last checkpoint is saved as the result, and no step is made."""
     output_dir = run(base, conversations, tmp_path / "run", *PVM, "--save_steps", "2")
-    before = load_file(output_dir / "model.safetensors")
-    (output_dir / "model.safetensors").unlink()
+    before = weights(output_dir)
+    (output_dir / ADAPTER_WEIGHTS_NAME).unlink()
     run(base, conversations, output_dir, *PVM, "--save_steps", "2", "--resume_from_checkpoint", "last")
-    after = load_file(output_dir / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    after = weights(output_dir)
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert load_checkpoint(str(output_dir)).description.step == 4
 
@@ -236,7 +236,7 @@ def test_a_run_without_a_step_is_an_error(base, conversations, tmp_path):
     [
         ("--label_smoothing_factor", "0.1"),
         ("--eval_strategy", "steps"),
-        ("--push_to_hub", "true"),
+        ("--hub_strategy", "all_checkpoints", "--push_to_hub", "true"),
         ("--max_steps", "0"),
     ],
 )
@@ -244,6 +244,11 @@ def test_what_would_do_something_else_is_refused(base, conversations, tmp_path, 
     with pytest.raises(SystemExit):
         run(base, conversations, tmp_path / "run", *PVM, *flags)
     assert flags[0] in capsys.readouterr().err
+
+
+def test_a_push_needs_a_base_that_others_have(base, conversations, tmp_path):
+    with pytest.raises(UserError, match="a folder that nobody else has.*--base_model_id"):
+        run(base, conversations, tmp_path / "run", *PVM, "--push_to_hub", "true")
 
 
 def test_flags_are_not_abbreviated(capsys):
@@ -270,7 +275,7 @@ def test_batches_without_an_image_train(base, conversations, tmp_path):
     rows = [{**row, "images": []} for row in rows[:3]] + [{**rows[3], "images": [str(conversations.parent / "3.png")]}]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--max_steps", "1", "--train_sampling_strategy", "sequential")
-    after = load_file(run(base, tmp_path / "mixed.jsonl", tmp_path / "run", *PVM, *flags) / "model.safetensors")
+    after = weights(run(base, tmp_path / "mixed.jsonl", tmp_path / "run", *PVM, *flags))
     gates = [weight for name, weight in after.items() if name.endswith("gate_alpha")]
     assert len(gates) == 3 and all(gate.item() == 0 for gate in gates)
 
@@ -346,7 +351,7 @@ def test_a_learning_rate_for_gates_needs_gates(base, conversations, tmp_path):
 
 def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
     model = load_model(ModelArguments(str(pvm_run)))
-    stored = load_file(pvm_run / "model.safetensors")
+    stored = weights(pvm_run)
     for layer_idx, block in pvm_blocks(model).items():
         gate = stored[f"model.language_model.layers.{layer_idx}.pvm_block.gate_alpha"]
         assert torch.equal(block.gate_alpha.detach(), gate) and gate.item() != 0

@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 import tiny
 from benchmarks.training import saved_bytes
-from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import checkpoint_kind, load_checkpoint
 from pvm.controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
@@ -18,7 +18,7 @@ from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.methods import METHODS, ModelArguments, count_parameters, load_model, pvm_blocks
 from pvm.sources import load_conversations
-from pvm.trainer import PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
+from pvm.trainer import LORA_FOLDER, PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
 from training import PVM, losses, run
 
 
@@ -170,7 +170,7 @@ def test_a_change_of_what_is_frozen_stops_the_run(base, conversations, tmp_path,
     monkeypatch.setattr(PVMTrainer, "frozen_hash", lambda self: next(hashes))
     with pytest.raises(RuntimeError, match="frozen changed"):
         run(base, conversations, tmp_path / "run", *PVM)
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / ADAPTER_WEIGHTS_NAME).exists()
 
 
 def test_liger_is_refused(base, tmp_path):
@@ -248,7 +248,7 @@ def test_what_was_trained_is_what_is_evaluated(base, conversations, batch, tmp_p
     checkpoint = load_checkpoint(str(output_dir))
     description = checkpoint.description
     assert description.method == method and description.step == 4 and description.gates_on
-    assert description.kind == checkpoint_kind(str(output_dir)) == ("mlp" if method == "mlp" else "adapter")
+    assert description.kind == checkpoint_kind(str(output_dir)) == ("mlp" if method == "mlp" else "pvm")
     assert isinstance(trained[0], PeftModel) == (method == "pvm+lora")
     with torch.no_grad():
         expected = trained[0].eval()(**{**batch, "labels": None}).logits
@@ -261,10 +261,10 @@ def test_pvm_and_lora_learn_together(base, conversations, tmp_path):
     """Adapters and every branch parameter move; the first step opens the gates and B, so it takes a few."""
     flags = (*PVM, "--method", "pvm+lora", "--lora_rank", "4")
     runs = [run(base, conversations, tmp_path / steps, *flags, "--max_steps", steps) for steps in ("2", "4")]
-    first, last = (load_file(folder / "adapter_model.safetensors") for folder in runs)
-    assert sum(".lora_" in name for name in last) == 4 * 7 * 2
-    assert sum(".pvm_block." in name for name in last) == 3 * 15
-    assert not [name for name in last if torch.equal(first[name], last[name])]
+    for file, count in ((LORA_FOLDER + "/adapter_model.safetensors", 4 * 7 * 2), (ADAPTER_WEIGHTS_NAME, 3 * 15)):
+        first, last = (load_file(folder / file) for folder in runs)
+        assert len(last) == count
+        assert not [name for name in last if torch.equal(first[name], last[name])]
 
 
 @pytest.mark.parametrize("method", ["pvm+lora", "mlp"])

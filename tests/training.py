@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 import train
 
 
@@ -44,3 +47,9 @@ def start(command: list[str], *args, environment: dict[str, str] | None = None) 
 def losses(folder: Path) -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a run saved: branches, LoRA adapters, or the whole model."""
+    files = sorted([*folder.glob("*model*.safetensors"), *folder.glob("lora/*.safetensors")])
+    return {name: weight for file in files for name, weight in load_file(file).items()}

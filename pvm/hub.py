@@ -1,0 +1,79 @@
+"""What of a checkpoint's folder goes to the Hub, and how."""
+
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+
+from .errors import UserError
+
+
+# Everything else in a folder stays here: the optimizer's state, which is a pickle, and what tells where it was.
+HUB_FILES = (
+    *("config.json", "generation_config.json", "training.json", "README.md", "results.png", "*.py"),
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+    *("lora/adapter_config.json", "lora/adapter_model.safetensors"),
+    *("*processor_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template*"),
+)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json")
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names, relative to the folder, of the files that belong to its checkpoint."""
+    files = [file.relative_to(folder).as_posix() for file in sorted([*folder.glob("*"), *folder.glob("lora/*")])]
+    return [name for name in files if any(_same_folder(name, pattern) for pattern in HUB_FILES)]
+
+
+def _same_folder(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+
+
+def push(
+    folder: Path, repo_id: str, commit_message: str, revision: str | None = None, token: str | None = None
+) -> CommitInfo:
+    """
+    Push a checkpoint as one commit, so that whoever loads it gets all of it or what was there before; weights of
+    another kind that lie in the repository are deleted in the same commit.
+
+    Args:
+        folder (`Path`): of the checkpoint.
+        repo_id (`str`): of the model on the Hub; it exists.
+
+    Raises:
+        UserError: if a file would tell a path of this machine.
+    """
+    names = checkpoint_files(folder)
+    _refuse_paths(folder, names)
+    return HfApi(token=token).upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=names,
+        delete_patterns=list(WEIGHTS),
+        commit_message=commit_message,
+        revision=revision,
+    )
+
+
+def _refuse_paths(folder: Path, names: list[str]) -> None:
+    for name in names:
+        # Of a tokenizer's many words some are folders, by accident.
+        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+            for value in _strings(json.loads((folder / name).read_text(encoding="utf-8"))):
+                if Path(value).is_absolute() and Path(value).exists():
+                    raise UserError(
+                        f"{folder / name} names {value}, which only this machine has, and nothing that is pushed "
+                        "may. Give the base by its name on the Hub (--base_model_id), or push a whole checkpoint: "
+                        f"python -m pvm.convert {folder} FOLDER --to full."
+                    )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _strings(item)
