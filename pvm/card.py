@@ -113,6 +113,7 @@ def write_card(
     is_part = config.get("base_model_name_or_path") is not None or (folder / "adapter_config.json").is_file()
     mark = config.get("text_config", {}).get("pvm_training") or {}
     base, revision = (record.get(key) or mark.get(key) for key in ("base_model", "base_revision"))
+    results = [result for report in reports for result in _eval_results(report)]
     data = ModelCardData(
         license=licence,
         library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
@@ -121,8 +122,7 @@ def write_card(
         base_model_relation=None if base is None else "adapter" if is_part else "finetune",
         datasets=[dataset["name"] for dataset in record.get("datasets", []) if dataset["on_hub"]] or None,
         tags=["persistent-visual-memory", "qwen3_vl", *(["custom_code"] if is_pvm else [])],
-        model_name=name.split("/")[-1],
-        eval_results=[result for report in reports for result in _eval_results(report)] or None,
+        **({"model_name": name.split("/")[-1], "eval_results": results} if results else {}),
     )
     ModelCard.from_template(
         data,
@@ -209,12 +209,16 @@ def _training(record: dict) -> list[tuple[str, str]]:
         d["name"] + ("" if d["on_hub"] else " (a local file)") + (f", weight {d['weight']:g}" if d["weight"] else "")
         for d in record["datasets"]
     ]
-    arguments = record["arguments"].items()
+    recipe = [
+        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in record["arguments"].items()
+        if value not in (None, False)
+    ]
     return [
         ("data", "; ".join(data) or "not recorded"),
         ("steps", f"{record['step']:,} of {record['steps']:,}, {record['epochs']} epochs"),
         ("last logged loss", "none" if record["last_loss"] is None else f"{record['last_loss']:.4g}"),
-        ("recipe", ", ".join(f"{key} {value}" for key, value in arguments if value not in (None, False))),
+        ("recipe", "; ".join(recipe)),
         ("hardware", record["hardware"]),
         ("versions", ", ".join(f"{package} {number}" for package, number in record["versions"].items())),
     ]

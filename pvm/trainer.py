@@ -125,6 +125,8 @@ class PVMTrainer(Trainer):
         model.is_quantized = False
         super().__init__(model, *args, compute_loss_func=loss_of_predictions, **kwargs)
         model.is_quantized = quantized
+        # The Trainer's way to turn the cache off, which this model does not read and its checkpoints would tell on.
+        del model.config.use_cache
         self.method, self.settings = method, settings
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
@@ -137,7 +139,7 @@ class PVMTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         positions, targets = predictions(inputs["labels"])
-        inputs = {**inputs, "labels": targets, "logits_to_keep": positions}
+        inputs = {**inputs, "labels": targets, "logits_to_keep": positions, "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
