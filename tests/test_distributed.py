@@ -4,6 +4,7 @@ Two processes with gloo, launched with the accelerate configs that ship: what th
 The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -111,3 +112,20 @@ def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_pa
     finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole", "pvm", atol=0)
+
+
+@pytest.mark.parametrize("method", ["pvm-bf16", "pvm+lora"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_a_finished_run_of_two_processes_is_only_saved(base, conversations, tmp_path, config, method):
+    """As when the final save was killed: what it would have written is written, and no step is made."""
+    flags = (*FLAGS, *METHODS[method], "--max_steps", "2", "--save_steps", "2")
+    finish(launch(config, base, conversations, tmp_path / "run", *flags))
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    name = WEIGHTS.get(method, "model.safetensors")
+    for lost in (name, "config.json", "trainer_state.json"):
+        (tmp_path / "run" / lost).unlink()
+    output = finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
+    assert "Everything frozen is as it was" in output
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", method, atol=0)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
