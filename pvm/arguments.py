@@ -7,6 +7,7 @@ import sys
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -77,8 +78,10 @@ def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:
     flags = {}
     for key, value in recipe.value:
         action = known.get(f"--{key.value}")
-        if action is None or action.dest in ("config", "help"):
+        if action is None:
             parser.error(f"{path}: unknown key `{key.value}`{_did_you_mean(parser, f'--{key.value}')}")
+        if action.dest in ("config", "help"):
+            parser.error(f"{path}: `{key.value}` belongs on the command line")
         if action.dest in flags:
             parser.error(f"{path}: `{key.value}` is there twice, and only one can be meant")
         if _is_none(value, action):
@@ -93,8 +96,20 @@ def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:
 def _text(value: yaml.Node, action: Action) -> str:
     """A value as it stands in the file: to YAML `no` is a truth value, and in `save_strategy: no` it is a word."""
     if not isinstance(value, yaml.ScalarNode):
-        return json.dumps(yaml.safe_load(yaml.serialize(value)), default=str)
+        return json.dumps(_nested(value))
     return str(yaml.safe_load(value.value)) if action.type is string_to_bool else value.value
+
+
+def _nested(value: yaml.Node) -> Any:
+    """What a flag takes as JSON; its numbers are JSON's, too, because 1e-4 is none to YAML."""
+    if isinstance(value, yaml.MappingNode):
+        return {key.value: _nested(item) for key, item in value.value}
+    if isinstance(value, yaml.SequenceNode):
+        return [_nested(item) for item in value.value]
+    try:
+        return json.loads(value.value)
+    except ValueError:
+        return value.value
 
 
 def _is_none(value: yaml.Node, action: Action) -> bool:
@@ -106,7 +121,7 @@ def _is_none(value: yaml.Node, action: Action) -> bool:
 
 def _number(text: str) -> float:
     number = float(text)
-    if math.isnan(number):  # compares as false with everything, so that no check would find it
+    if not math.isfinite(number):  # nan compares as false with everything, so that no check would find it
         raise ValueError(text)
     return number
 

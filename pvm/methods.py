@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,6 +127,9 @@ def model_config(arguments: ModelArguments) -> PreTrainedConfig:
             "--attn_implementation flash_attention_2 needs a GPU and the package flash-attn. Install it, or take sdpa."
         )
 
+    if revision != "main" and Path(name).is_dir():
+        raise UserError(f"--model_revision {revision} is for the Hub, and {name} is a folder. Leave it out.")
+
     stored = stored_config(name, revision)
     try:
         if arguments.has_branches:
@@ -218,7 +222,7 @@ def load_weights(
     """
     try:
         return model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except ValueError as error:  # how our model refuses a checkpoint, in a sentence
+    except (ImportError, ValueError) as error:  # how our model refuses a checkpoint, in a sentence
         raise UserError(str(error)) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):

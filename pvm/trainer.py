@@ -77,7 +77,7 @@ class PVMTrainingArguments(TrainingArguments):
         for known in fields(self):
             name, value = known.name, getattr(self, known.name)
             if name in reasons and value != known.default:
-                raise UserError(f"--{name} {value}: {reasons[name]}. Leave it out.")
+                raise UserError(f"--{name} {str(value).lower()}: {reasons[name]}. Leave it out.")
             if isinstance(value, float | int) and value < 0 and value != known.default:
                 raise UserError(f"--{name} {value}: it cannot be negative.")
         if self.save_strategy == "best":

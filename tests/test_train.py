@@ -274,6 +274,11 @@ def test_what_would_do_something_else_is_refused(base, conversations, tmp_path, 
     [
         (("--learning_rate", "nan"), "--learning_rate/--learning-rate: invalid float value: 'nan'"),
         (("--dataset_weights", "nan", "1"), "invalid float value: 'nan'"),
+        (("--learning_rate", "inf"), "invalid float value: 'inf'"),
+        (
+            ("--attn_implementation", "flash_attention_3"),
+            "the package for FlashAttention3 doesn't seem to be installed",
+        ),
         (("--learning_rate", "-1"), "--learning_rate -1.0: it cannot be negative"),
         (("--gate_learning_rate", "-1"), "--gate_learning_rate -1.0: it cannot be negative"),
         (("--max_steps", "-7"), "--max_steps -7: it cannot be negative"),
@@ -370,12 +375,12 @@ def test_recipes_are_read_as_they_are_meant(tmp_path):
         tmp_path,
         "save_strategy: no\neval_strategy: no\nreport_to: off\nrun_name: -x\nbf16: on\nstreaming: no\n"
         "learning_rate: 1e-4\nresume_from_checkpoint: false\npvm_layers: null\ndataset_config: [no]\n"
-        "lr_scheduler_kwargs: {num_cycles: 2, nested: {a: 0.5}}\nmax_steps: -1\n",
+        "lr_scheduler_kwargs: {num_cycles: 2, nested: {a: [1e-5, b]}}\nmax_steps: -1\n",
     )
     assert training.save_strategy == "no" and training.report_to == [] and training.run_name == "-x"
     assert training.bf16 is True and data.streaming is False and training.resume_from_checkpoint is None
     assert training.learning_rate == 1e-4 and training.max_steps == -1 and training.save_steps == 500
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2, "nested": {"a": 0.5}}
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2, "nested": {"a": [1e-5, "b"]}}
     assert model.pvm_layers is None and data.dataset_config == ["no"]
 
 
@@ -401,7 +406,7 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("max_steps: 1\nmax-steps: 2", "`max-steps` is there twice"),
         ("seed:\n\t1", r"not valid YAML: .*'\\t' that cannot start any token .*line 2"),
         ("seed: {a: 1}", r"invalid int value: '{\"a\": 1}'"),
-        ("config: other.yaml", "unknown key `config`"),
+        ("config: other.yaml", "`config` belongs on the command line"),
         ("\x00", "not valid YAML"),
         ("", "must hold `field: value` lines"),
     ],
@@ -430,6 +435,8 @@ def test_contradictions_are_refused(base, pvm_run):
         load_model(ModelArguments(str(pvm_run), pvm_layers=[1]))
     with pytest.raises(UserError, match="--dtype bfloat16 is for what stays frozen"):
         load_model(ModelArguments(str(base), method="full", dtype="bfloat16"))
+    with pytest.raises(UserError, match="--model_revision v2 is for the Hub"):
+        load_model(ModelArguments(str(base), model_revision="v2"))
     with pytest.raises(UserError, match="starts from a stock"):
         load_model(ModelArguments(str(pvm_run), method="lora"))
 
