@@ -21,19 +21,20 @@ with `--resume_from_checkpoint last`. transformers' TrainingArguments are accept
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import set_seed
 
 from pvm.arguments import parse_arguments
+from pvm.callbacks import AllLoaded, StopBeforeTraining
 from pvm.checkpoints import load_processor
 from pvm.checks import load_training_data
 from pvm.data import ConversationCollator
-from pvm.errors import UserError
+from pvm.errors import UserError, user_errors
 from pvm.methods import ModelArguments, count_parameters, load_model, model_config
 from pvm.resume import find_checkpoint, is_over, run_settings
 from pvm.sources import DataArguments
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = None if data_args.dry_run else find_checkpoint(training_args, settings)
     # Text alone gives the vision tower no gradient.
     training_args.ddp_find_unused_parameters = model_args.method == "full"
-    set_seed(training_args.seed)
+    with user_errors("--seed"):
+        set_seed(training_args.seed)
 
     processor = load_processor(name, model_args.model_revision)
     dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
@@ -77,21 +79,21 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_model(model_args)
     console.print(parameter_table(model))
 
-    trainer = PVMTrainer(
-        method=model_args.method,
-        settings=settings,
-        model=model,
-        args=training_args,
-        train_dataset=dataset,
-        data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
-        processing_class=processor,
-    )
+    with user_errors("The training cannot be set up"):
+        trainer = PVMTrainer(
+            method=model_args.method,
+            settings=settings,
+            model=model,
+            args=training_args,
+            train_dataset=dataset,
+            data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
+            processing_class=processor,
+        )
     with trainer.stop_on_sigterm:
         frozen = trainer.frozen_hash()
         if checkpoint is not None and is_over(checkpoint, training_args):
-            trainer._load_from_checkpoint(checkpoint)  # killed in the final save: only that is left to do
-            trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        else:
+            trainer.add_callback(StopBeforeTraining())  # killed in the final save: only that is left to do
+        with suppress(AllLoaded):
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stop_on_sigterm.stopped:
             sys.exit(

@@ -2,14 +2,18 @@
 
 import difflib
 import json
+import math
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .errors import REFUSALS
 
 
 def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:
@@ -37,19 +41,24 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.register("type", float, _number)
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these fields; flags win over it.")
 
-    if arguments.count("--config") > 1:
-        parser.error("--config is there twice, and only one recipe can be meant")
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
+    config_parser.add_argument("--config", action="append", default=[])
     config, flags = config_parser.parse_known_args(arguments)
-    if config.config is not None:
-        flags = _recipe_as_flags(parser, Path(config.config)) + flags
+    if len(config.config) > 1:
+        parser.error("--config is there twice, and only one recipe can be meant")
+    for recipe in config.config:
+        flags = _recipe_as_flags(parser, Path(recipe)) + flags
     try:
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
-    except ValueError as error:  # flags that contradict one another
-        parser.error(str(error))
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            args=flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except json.JSONDecodeError as error:
+        parser.error(f"{error.doc} is not valid JSON: {error}")
+    except REFUSALS as error:  # flags that contradict one another, or ask for what is not installed
+        parser.error(" ".join(str(error).split()))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_did_you_mean(parser, unknown[0])}")
     return tuple(parsed)
@@ -57,28 +66,64 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
 
 def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.compose(path.read_bytes(), yaml.SafeLoader)
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except yaml.YAMLError as error:
-        parser.error(f"--config {path} is not valid YAML: {error}")
-    if not isinstance(recipe, dict):
+        parser.error(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(recipe, yaml.MappingNode):
         parser.error(f"--config {path} must hold `field: value` lines")
 
-    known = {option for action in parser._actions for option in action.option_strings}
-    flags = []
-    for key, value in recipe.items():
-        if f"--{key}" not in known:
-            parser.error(f"{path}: unknown key `{key}`{_did_you_mean(parser, f'--{key}')}")
-        if value is not None:
-            flags += [f"--{key}", *_as_strings(value)]
-    return flags
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    flags = {}
+    for key, value in recipe.value:
+        action = known.get(f"--{key.value}")
+        if action is None:
+            parser.error(f"{path}: unknown key `{key.value}`{_did_you_mean(parser, f'--{key.value}')}")
+        if action.dest in ("config", "help"):
+            parser.error(f"{path}: `{key.value}` belongs on the command line")
+        if action.dest in flags:
+            parser.error(f"{path}: `{key.value}` is there twice, and only one can be meant")
+        if _is_none(value, action):
+            flags[action.dest] = []
+        elif isinstance(value, yaml.SequenceNode):
+            flags[action.dest] = [f"--{key.value}", *(_text(item, action) for item in value.value)]
+        else:
+            flags[action.dest] = [f"--{key.value}={_text(value, action)}"]  # with "=", it may start with a dash
+    return [word for words in flags.values() for word in words]
 
 
-def _as_strings(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+def _text(value: yaml.Node, action: Action) -> str:
+    """A value as it stands in the file: to YAML `no` is a truth value, and in `save_strategy: no` it is a word."""
+    if not isinstance(value, yaml.ScalarNode):
+        return json.dumps(_nested(value))
+    return str(yaml.safe_load(value.value)) if action.type is string_to_bool else value.value
+
+
+def _nested(value: yaml.Node) -> Any:
+    """What a flag takes as JSON; its numbers are JSON's, too, because 1e-4 is none to YAML."""
+    if isinstance(value, yaml.MappingNode):
+        return {key.value: _nested(item) for key, item in value.value}
+    if isinstance(value, yaml.SequenceNode):
+        return [_nested(item) for item in value.value]
+    try:
+        return json.loads(value.value)
+    except ValueError:
+        return value.value
+
+
+def _is_none(value: yaml.Node, action: Action) -> bool:
+    """Whether it says that there is nothing: `null`, and `report_to: off`, where any one text could stand."""
+    if value.tag == "tag:yaml.org,2002:bool" and action.type is str and action.choices is None and action.nargs != "+":
+        return not yaml.safe_load(value.value)
+    return value.tag == "tag:yaml.org,2002:null"
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # nan compares as false with everything, so that no check would find it
+        raise ValueError(text)
+    return number
 
 
 def _did_you_mean(parser: HfArgumentParser, option: str) -> str:

@@ -41,6 +41,20 @@ class StopOnSigterm(TrainerCallback):
         self._received = True
 
 
+class AllLoaded(Exception):
+    """See [`StopBeforeTraining`]."""
+
+
+class StopBeforeTraining(TrainerCallback):
+    """
+    Leaves `Trainer.train`, by an `AllLoaded`, when the model has been wrapped for its devices and the checkpoint
+    loaded. From a checkpoint of the last step `Trainer` would make one more.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise AllLoaded
+
+
 class BranchGradients(TrainerCallback):
     """norms (`dict[int, torch.Tensor]`): norm of each branch's clipped gradient in the last step, by layer."""
 

@@ -1,7 +1,7 @@
 """What can be trained: PVM branches, and the controls that a claim about them needs. One code path, one report."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,35 @@ class ModelArguments:
     pvm_causal: bool | None = field(
         default=None, metadata={"help": "Whether text reads only the images before it (default true)."}
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters, over their rank."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Rank of the LoRA adapters (default 16)."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale of the LoRA adapters, over their rank (default 32)."}
+    )
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: for flags that the method does not use, or cannot.
+        """
+        for family, belongs in (("pvm", self.has_branches), ("lora", self.has_lora)):
+            for flag, value in asdict(self).items():
+                if flag.startswith(f"{family}_") and value is not None and not belongs:
+                    raise UserError(f"--{flag} belongs to --method {family}, and the method is {self.method}.")
+        if self.has_lora:
+            self.lora_rank = 16 if self.lora_rank is None else self.lora_rank
+            self.lora_alpha = 32 if self.lora_alpha is None else self.lora_alpha
+            if min(self.lora_rank, self.lora_alpha) < 1:
+                raise UserError("--lora_rank and --lora_alpha must be at least 1, or the adapters would be nothing.")
 
     @property
     def has_branches(self) -> bool:
         """Whether the method puts branches into the decoder."""
         return self.method in ("pvm", "pvm+lora", "mlp")
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the method puts adapters beside linear layers."""
+        return self.method in ("lora", "pvm+lora")
 
 
 def model_config(arguments: ModelArguments) -> PreTrainedConfig:
@@ -112,8 +134,9 @@ def model_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise UserError(
             "--attn_implementation flash_attention_2 needs a GPU and the package flash-attn. Install it, or take sdpa."
         )
-    if not arguments.has_branches and pvm_fields:
-        raise UserError(f"--{next(iter(pvm_fields))} belongs to --method pvm, and the method is {method}.")
+
+    if revision != "main" and Path(name).is_dir():
+        raise UserError(f"--model_revision {revision} is for the Hub, and {name} is a folder. Leave it out.")
 
     stored = stored_config(name, revision)
     try:
@@ -227,7 +250,7 @@ def load_weights(
     """
     try:
         return model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except ValueError as error:  # how our model refuses a checkpoint, in a sentence
+    except (ImportError, ValueError) as error:  # how our model refuses a checkpoint, in a sentence
         raise UserError(str(error)) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):

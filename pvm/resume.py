@@ -32,6 +32,8 @@ def find_checkpoint(arguments: PVMTrainingArguments, settings: dict[str, Any]) -
         _check_resume(Path(resume), arguments, settings)
         if Path(resume).resolve().parent == output_dir.resolve():
             return resume
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file. Name a folder.")
     leftovers = (STAGING, *REPORTS)
     if output_dir.is_dir() and any(
         file.name not in leftovers and not file.match("skipped_rows-*.jsonl") for file in output_dir.iterdir()
@@ -54,14 +56,19 @@ def _check_resume(checkpoint: Path, arguments: PVMTrainingArguments, settings: d
             f"{flag}: it has no {missing[0]}, so a run cannot go on from it exactly. Name a folder checkpoint-* of a "
             "run without --save_only_model; or start a new run with the model as --model_name_or_path."
         )
-    before = json.loads((checkpoint / SETTINGS).read_text())
+    try:
+        before = dict(json.loads((checkpoint / SETTINGS).read_text()))
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{flag}: its {SETTINGS} or {TRAINER_STATE_NAME} is broken ({error}). Take an earlier checkpoint."
+        ) from error
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(
                 f"{flag}: that run had --{key} {before.get(key)}, and this line has {value}. Give what it had, or "
                 "start a new run with another --output_dir."
             )
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
     if 0 < arguments.max_steps < step:
         raise UserError(f"{flag} is at step {step}, beyond --max_steps {arguments.max_steps}.")
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
@@ -30,7 +30,7 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
 from .callbacks import BranchGradients, StopOnSigterm, whole
 from .card import write_card, write_record
 from .data import IGNORE_INDEX, ConversationStream
-from .errors import UserError
+from .errors import UserError, user_errors
 from .hub import push
 from .methods import PEFT_ORIGINAL, pvm_blocks
 
@@ -48,6 +48,22 @@ SHARDED_APART = (Qwen3VLTextDecoderLayer, Qwen3VLPVMBlock)
 STAGING = ".incomplete"
 # What a run was started with, in each of its checkpoints.
 SETTINGS = "run.json"
+# Fields of TrainingArguments that stay at their default, because another value would do nothing, or something else
+# than it says; by the reason.
+FIXED = {
+    "train.py only trains; eval.py evaluates the checkpoints": (
+        *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+        *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics"),
+        *("per_device_eval_batch_size", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    ),
+    "the loss would not be smoothed": ("label_smoothing_factor",),
+    "liger-kernel chooses its kernels by model type and has none for a model with branches; logits are computed only "
+    "where there is a label in any case": ("use_liger_kernel", "liger_kernel_config"),
+    "rows have other columns than the model has inputs": ("remove_unused_columns", "length_column_name"),
+    "it follows from the method": ("ddp_find_unused_parameters",),
+    "SIGTERM saves the current step in any case": ("enable_jit_checkpoint",),
+}
 
 
 @dataclass
@@ -61,12 +77,22 @@ class PVMTrainingArguments(TrainingArguments):
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gates, if not that of the other weights."}
     )
+    do_train: bool = field(default=True, metadata={"help": "Leave this true."})
     # Every branch gets a gradient from every batch, so DDP need not look for those that got none.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Leave this false."})
     # The data set makes model inputs itself, from columns that no model signature names.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this false."})
 
     def __post_init__(self):
+        reasons = {name: reason for reason, names in FIXED.items() for name in names}
+        for known in fields(self):
+            name, value = known.name, getattr(self, known.name)
+            if name in reasons and value != known.default:
+                raise UserError(f"--{name} {str(value).lower()}: {reasons[name]}. Leave it out.")
+            if isinstance(value, float | int) and value < 0 and value != known.default:
+                raise UserError(f"--{name} {value}: it cannot be negative.")
+        if self.save_strategy == "best":
+            raise UserError("--save_strategy best: what is best shows in eval.py only. Choose steps, epoch or no.")
         super().__post_init__()
         if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
             raise UserError("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1.")
@@ -77,25 +103,16 @@ class PVMTrainingArguments(TrainingArguments):
                 f"One process sees {self.n_gpu} GPUs. Start one for each: accelerate launch --config_file "
                 "recipes/accelerate/ddp.yaml train.py ..., or show it one with CUDA_VISIBLE_DEVICES=0."
             )
-        for flag, given in (
-            ("label_smoothing_factor", self.label_smoothing_factor != 0),
-            ("eval_strategy", self.eval_strategy != "no"),
-            ("load_best_model_at_end", self.load_best_model_at_end),
-        ):
-            if given:
-                raise UserError(
-                    f"--{flag} is not supported here, and would do something else than it says. Leave it out."
-                )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise UserError(
                 f"--hub_strategy {self.hub_strategy.value} would push the optimizer's state, which is a pickle. Take "
                 "every_save or end."
             )
-        if self.use_liger_kernel:
-            raise UserError(
-                "--use_liger_kernel: liger-kernel chooses its kernels by model type and has none for a model with "
-                "branches; it would change nothing. Leave it out. Logits are computed only where there is a label."
-            )
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("--fp16 does nothing on a CPU. Leave it out, or take --bf16.")
+        with user_errors("--report_to"):  # here, not after the model has been loaded
+            for integration in get_reporting_integration_callbacks(self.report_to):
+                integration()
 
 
 class PVMTrainer(Trainer):
@@ -142,6 +159,7 @@ class PVMTrainer(Trainer):
         inputs = {**inputs, "labels": targets, "logits_to_keep": positions, "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    @user_errors("The optimizer cannot be made")
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.args.gate_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
@@ -163,10 +181,23 @@ class PVMTrainer(Trainer):
         )
         return self.optimizer
 
+    @user_errors("The learning rate schedule cannot be made")
+    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        return super().create_scheduler(*args, **kwargs)
+
+    @user_errors("The rows cannot be made into batches")
     def get_train_dataloader(self) -> DataLoader:
         """Rows in random order, as `Trainer` makes it; those of a stream as they come."""
         if not isinstance(self.train_dataset, ConversationStream):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            if len(loader) == 0:
+                raise UserError("--dataloader_drop_last: there are fewer rows than one batch. Leave it out.")
+            return loader
+        if self.args.train_sampling_strategy != "random":
+            raise UserError(
+                "--train_sampling_strategy needs all rows at hand, and --streaming reads one after the other. Leave "
+                "it out; --shuffle_buffer_size 1 keeps their order."
+            )
         # Each rank's stream is its own share already. accelerate would share it out once more, or let one rank read
         # for all and cut batches along their first dimension, which is another one for pixels than for tokens.
         return DataLoader(
@@ -176,6 +207,8 @@ class PVMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -244,12 +277,15 @@ class PVMTrainer(Trainer):
         yield staging
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            for path in (*staging.rglob("*"), staging):
+                _flush(path)  # or after a power cut there might be names without contents
             # Nothing loads a model without its config.json, so it comes last.
             for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
                 target = folder / path.name
                 if target.is_dir():
                     _remove(target)
                 os.replace(path, target)
+            _flush(folder)
             shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
 
@@ -345,6 +381,15 @@ class PVMTrainer(Trainer):
 
     def _push(self, folder: Path, commit_message: str) -> None:
         push(folder, self.hub_model_id, commit_message, self.args.hub_revision, self.args.hub_token)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -4,6 +4,7 @@ Two processes with gloo, launched with the accelerate configs that ship: what th
 The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.checkpoints import load_checkpoint
 from training import PVM, ROOT, losses, run, start, weights
 
@@ -108,3 +110,19 @@ def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_pa
     finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)
+
+
+@pytest.mark.parametrize("method", ["pvm-bf16", "pvm+lora"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_a_finished_run_of_two_processes_is_only_saved(base, conversations, tmp_path, config, method):
+    """As when the final save was killed: what it would have written is written, and no step is made."""
+    flags = (*FLAGS, *METHODS[method], "--max_steps", "2", "--save_steps", "2")
+    finish(launch(config, base, conversations, tmp_path / "run", *flags))
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for lost in (ADAPTER_WEIGHTS_NAME, "config.json", "trainer_state.json"):
+        (tmp_path / "run" / lost).unlink()
+    output = finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
+    assert "Everything frozen is as it was" in output
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

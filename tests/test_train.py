@@ -22,7 +22,7 @@ from pvm.checkpoints import load_checkpoint
 from pvm.errors import UserError
 from pvm.methods import ModelArguments, load_model, pvm_blocks
 from pvm.sources import DataArguments
-from pvm.trainer import MASTER_WEIGHTS, PVMTrainingArguments
+from pvm.trainer import MASTER_WEIGHTS, PVMTrainer, PVMTrainingArguments
 from training import PVM, ROOT, run, weights
 
 
@@ -224,6 +224,16 @@ def test_only_whole_checkpoints_are_resumed(base, conversations, pvm_run, tmp_pa
         run(base, conversations, tmp_path / "run", *PVM, *flags)
 
 
+@pytest.mark.parametrize("name", ["run.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", ["{", "[1]", "null", '{"nonsense": 1}'])
+def test_broken_checkpoints_are_not_resumed(base, conversations, pvm_run, tmp_path, name, content):
+    copy = shutil.copytree(pvm_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    (copy / name).write_text(content)
+    flags = ("--gate_learning_rate", "0.05", "--resume_from_checkpoint", str(copy))
+    with pytest.raises(UserError, match=r"checkpoint-2: (its run.json or|that run had)"):
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+
+
 def test_a_run_without_a_step_is_an_error(base, conversations, tmp_path):
     flags = ("--num_train_epochs", "0", "--max_steps", "-1")
     with pytest.raises(UserError, match="No step was made"):
@@ -238,12 +248,80 @@ def test_a_run_without_a_step_is_an_error(base, conversations, tmp_path):
         ("--eval_strategy", "steps"),
         ("--hub_strategy", "all_checkpoints", "--push_to_hub", "true"),
         ("--max_steps", "0"),
+        ("--do_train", "false"),
+        ("--do_eval", "true"),
+        ("--do_predict", "true"),
+        ("--per_device_eval_batch_size", "2"),
+        ("--remove_unused_columns", "true"),
+        ("--ddp_find_unused_parameters", "true"),
+        ("--enable_jit_checkpoint", "true"),
+        ("--save_strategy", "best"),
+        ("--fp16", "true"),
+        ("--lora_rank", "4"),
+        ("--lora_alpha", "4"),
+        ("--method", "lora"),  # beside --pvm_hidden_size
     ],
 )
 def test_what_would_do_something_else_is_refused(base, conversations, tmp_path, capsys, flags):
     with pytest.raises(SystemExit):
         run(base, conversations, tmp_path / "run", *PVM, *flags)
     assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--learning_rate", "nan"), "--learning_rate/--learning-rate: invalid float value: 'nan'"),
+        (("--dataset_weights", "nan", "1"), "invalid float value: 'nan'"),
+        (("--learning_rate", "inf"), "invalid float value: 'inf'"),
+        (
+            ("--attn_implementation", "flash_attention_3"),
+            "the package for FlashAttention3 doesn't seem to be installed",
+        ),
+        (("--learning_rate", "-1"), "--learning_rate -1.0: it cannot be negative"),
+        (("--gate_learning_rate", "-1"), "--gate_learning_rate -1.0: it cannot be negative"),
+        (("--max_steps", "-7"), "--max_steps -7: it cannot be negative"),
+        (("--seed", "-1"), "--seed -1: it cannot be negative"),
+        (("--seed", "99999999999"), "--seed: Seed must be between 0 and"),
+        (("--adam_beta1", "2"), "The optimizer cannot be made: Invalid beta parameter"),
+        (("--optim", "nonsense"), "--optim: invalid choice: 'nonsense'"),
+        (("--optim", "lomo"), "The optimizer cannot be made: You need to install `lomo_optim`"),
+        (("--lr_scheduler_type", "nonsense"), "nonsense is not a valid SchedulerType"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "schedule cannot be made: One of min_lr or min_lr_rate"),
+        (("--lr_scheduler_type", "warmup_stable_decay"), "schedule cannot be made: get_wsd_schedule() missing 1"),
+        (("--lr_scheduler_kwargs", "{a"), "{a is not valid JSON"),
+        (("--accelerator_config", '{"nonsense": 1}'), "unexpected keyword argument 'nonsense'"),
+        (("--report_to", "nonsense"), "--report_to: nonsense is not supported, only"),
+        (("--report_to", "azure_ml"), "--report_to: AzureMLCallback requires azureml to be installed"),
+        (("--dataloader_persistent_workers", "true"), "batches: persistent_workers option needs num_workers > 0"),
+        (("--dataloader_drop_last", "true", "--max_samples", "2"), "--dataloader_drop_last: there are fewer rows"),
+        (("--method", "pvm+lora", "--lora_rank", "0"), "--lora_rank and --lora_alpha must be at least 1"),
+        (("--streaming", "true", "--train_sampling_strategy", "sequential"), "--train_sampling_strategy needs all"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(base, conversations, tmp_path, capsys, flags, message):
+    """Whichever library finds it out."""
+    with pytest.raises((UserError, SystemExit)) as refusal:
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+    assert message in str(refusal.value) + capsys.readouterr().err
+
+
+def test_an_error_that_no_flag_made_keeps_its_traceback(base, conversations, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(PVMTrainer, "compute_loss", broken)
+    with pytest.raises(ValueError, match="a bug") as error:
+        run(base, conversations, tmp_path / "run", *PVM)
+    assert not isinstance(error.value, UserError)
+
+
+def test_what_changes_nothing_may_be_said(tmp_path):
+    """As recipes for other scripts do."""
+    flags = ("--do_train", "true", "--do_eval", "false", "--eval_strategy", "no", "--push_to_hub", "false")
+    _, _, training = parse("--model_name_or_path", "a", "--dataset_name", "b", "--use_cpu", "true", *flags)
+    assert training.eval_strategy == "no"
 
 
 def test_a_push_needs_a_base_that_others_have(base, conversations, tmp_path):
@@ -258,6 +336,9 @@ def test_flags_are_not_abbreviated(capsys):
     assert "unknown argument --conf" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("--model_name_or_path", "a", "--dataset_name", "b", "--config", "a.yaml", "--config", "b.yaml")
+    assert "--config is there twice" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--model_name_or_path", "a", "--dataset_name", "b", "--config=a.yaml", "--config", "b.yaml")
     assert "--config is there twice" in capsys.readouterr().err
 
 
@@ -287,6 +368,27 @@ def parse(*arguments: str) -> tuple:
     return parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "help", list(arguments))
 
 
+def parse_recipe(folder: Path, recipe: str) -> tuple:
+    (folder / "recipe.yaml").write_text(recipe)
+    names = ("--model_name_or_path", "base", "--dataset_name", "data", "--use_cpu", "true")
+    return parse("--config", str(folder / "recipe.yaml"), *names)
+
+
+def test_recipes_are_read_as_they_are_meant(tmp_path):
+    """YAML 1.1 takes `no` and `off` for false, and 1e-4 for a text."""
+    model, data, training = parse_recipe(
+        tmp_path,
+        "save_strategy: no\neval_strategy: no\nreport_to: off\nrun_name: -x\nbf16: on\nstreaming: no\n"
+        "learning_rate: 1e-4\nresume_from_checkpoint: false\npvm_layers: null\ndataset_config: [no]\n"
+        "lr_scheduler_kwargs: {num_cycles: 2, nested: {a: [1e-5, b]}}\nmax_steps: -1\n",
+    )
+    assert training.save_strategy == "no" and training.report_to == [] and training.run_name == "-x"
+    assert training.bf16 is True and data.streaming is False and training.resume_from_checkpoint is None
+    assert training.learning_rate == 1e-4 and training.max_steps == -1 and training.save_steps == 500
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2, "nested": {"a": [1e-5, "b"]}}
+    assert model.pvm_layers is None and data.dataset_config == ["no"]
+
+
 def test_flags_win_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -304,6 +406,14 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("a: [", "not valid YAML"),
         ("learning_rate: fast", "learning-rate: invalid float value: 'fast'"),
         ("method: prompt", "invalid choice: 'prompt'"),
+        ("train_on: off", "invalid choice: 'off'"),
+        ("seed: 1\nseed: 2", "`seed` is there twice"),
+        ("max_steps: 1\nmax-steps: 2", "`max-steps` is there twice"),
+        ("seed:\n\t1", r"not valid YAML: .*'\\t' that cannot start any token .*line 2"),
+        ("seed: {a: 1}", r"invalid int value: '{\"a\": 1}'"),
+        ("config: other.yaml", "`config` belongs on the command line"),
+        ("\x00", "not valid YAML"),
+        ("", "must hold `field: value` lines"),
     ],
 )
 def test_bad_recipes_are_refused(tmp_path, capsys, recipe, message):
@@ -330,6 +440,8 @@ def test_contradictions_are_refused(base, pvm_run):
         load_model(ModelArguments(str(pvm_run), pvm_layers=[1]))
     with pytest.raises(UserError, match="--dtype bfloat16 is for what stays frozen"):
         load_model(ModelArguments(str(base), method="full", dtype="bfloat16"))
+    with pytest.raises(UserError, match="--model_revision v2 is for the Hub"):
+        load_model(ModelArguments(str(base), model_revision="v2"))
     with pytest.raises(UserError, match="starts from a stock"):
         load_model(ModelArguments(str(pvm_run), method="lora"))
 
