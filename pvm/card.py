@@ -40,7 +40,8 @@ METHODS = {
     "full": "a control for PVM: the model with all its weights trained on",
 }
 LIMITS = """\
-- The branch helps the model look at its image; it does not make what the model says true. Check answers that matter.
+- A branch lets text read the image directly; whether that helps is what the results show. It makes nothing that the
+  model says true: check answers that matter.
 - What was measured is above; nothing is known of other data, languages, lengths or kinds of image. The figures of the
   paper are those of its authors' checkpoints.
 - {class_note}"""
@@ -133,7 +134,7 @@ def write_card(
         loading=_loading(kind, is_part, name),
         loading_note=_loading_note(kind, is_part),
         facts=_facts(config, record, base, revision),
-        gates=[(layer, f"{gate:+.4f}") for layer, gate in _gates(folder).items()],
+        gates=[(layer, f"{gate:+.4f}") for layer, gate in read_gates(folder).items()],
         training=_training(record),
         results="\n\n".join(_results(report) for report in reports) or "Not evaluated yet.",
         limits=LIMITS.format(class_note=_class_note(is_pvm, is_part)),
@@ -224,7 +225,7 @@ def _training(record: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _gates(folder: Path) -> dict[int, float]:
+def read_gates(folder: Path) -> dict[int, float]:
     """The gates of the branches in a folder's safetensors files, by layer."""
     gates = {}
     for file in folder.glob("model*.safetensors"):

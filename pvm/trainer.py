@@ -308,7 +308,7 @@ class PVMTrainer(Trainer):
         if isinstance(model, PeftModel):
             state_dict = {
                 name.removeprefix(PEFT_PREFIX): weight
-                for name, weight in get_peft_model_state_dict(model, state_dict).items()
+                for name, weight in get_peft_model_state_dict(model, state_dict, save_embedding_layers=False).items()
             }
             lora = {name: weight for name, weight in state_dict.items() if ".pvm_block." not in name}
             model = model.get_base_model()
@@ -361,7 +361,7 @@ class PVMTrainer(Trainer):
         """The branches' weights under the names that they have without peft."""
         state_dict = self.model.state_dict()
         if isinstance(self.model, PeftModel):
-            state_dict = get_peft_model_state_dict(self.model, state_dict)
+            state_dict = get_peft_model_state_dict(self.model, state_dict, save_embedding_layers=False)
         return {
             name.removeprefix(PEFT_PREFIX): weight.contiguous()
             for name, weight in state_dict.items()
