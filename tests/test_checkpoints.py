@@ -1,8 +1,10 @@
 """Adapter checkpoints: what they hold, what they load into, and what is refused."""
 
+import ast
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import tiny
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import MAX_GATE, Qwen3VLPVMForConditionalGeneration
 from tiny import BATCHES, inputs, logits
+from training import ROOT
 
 
 BATCH = inputs(*BATCHES["mixed rows"])
@@ -327,3 +330,34 @@ def test_off_and_on_again_on_one_cache(trained):
 def test_a_misspelt_switch_is_refused(trained):
     with pytest.raises(ValueError, match="use_pmv"):
         trained.generate(**BATCH, max_new_tokens=2, use_pmv=False)
+
+
+# The code that travels
+
+
+HUB_FILES = ("configuration_qwen3vl_pvm.py", "modeling_qwen3vl_pvm.py")
+
+
+@pytest.mark.parametrize("file", HUB_FILES)
+def test_the_hub_files_import_nothing_else_and_do_nothing(file):
+    """At the top level there are imports, definitions and constants; the calls among them are these."""
+    tree = ast.parse((ROOT / file).read_text())
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        for name in names:
+            assert name.split(".")[0] in allowed or f"{name}.py" in HUB_FILES, name
+    done = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import))]
+    calls = {ast.unparse(call.func) for node in done for call in ast.walk(node) if isinstance(call, ast.Call)}
+    assert calls <= {"logging.get_logger", "torch.iinfo"}
+    kinds = {type(node).__name__ for node in done}
+    assert kinds <= {"ImportFrom", "Assign", "AnnAssign", "Expr", "Try"}
+
+
+def test_a_checkpoint_brings_the_code_that_wrote_it(adapter):
+    for file in HUB_FILES:
+        assert (adapter / file).read_text() == (ROOT / file).read_text()
