@@ -3,8 +3,8 @@
 The client, huggingface_hub, runs unmodified in a process of its own, with the variables of `HubServer.environment`.
 As on the Hub, a new repository has one commit with a `.gitattributes`, a commit is one request that makes one new
 revision or none, every revision stays readable by its id, and LFS objects are uploaded to and downloaded from another
-host, of which no one sees an object before a commit names it. Reading needs no token, writing takes any. There are no
-pull requests, no Xet storage (see `environment`), no `.gitignore` rules and no metadata read out of model cards.
+host, of which no one sees an object before a commit names it. Reading needs no token, writing takes any. There are
+models only, no pull requests, no Xet storage (see `environment`), no `.gitignore` rules and no metadata from cards.
 """
 
 import base64
@@ -25,9 +25,7 @@ from urllib.parse import parse_qs, unquote
 from uuid import uuid4
 
 
-LFS_SUFFIXES = (
-    "7z arrow bin ckpt gz h5 joblib model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar zip"
-)
+LFS_SUFFIXES = "7z arrow bin ckpt gz h5 model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar zip"
 LFS_RULE = "{} filter=lfs diff=lfs merge=lfs -text\n"
 LFS_SIZE = 10 * 2**20  # from here on a file is an LFS object whatever its name
 
@@ -65,12 +63,8 @@ class Commit:
                 for depth in range(1, (len(parents) if recursive else min(len(parents), 1)) + 1):
                     parent = prefix + "/".join(parents[:depth])
                     under = [item for item in sorted(self.files.items()) if is_under(item[0], parent)]
-                    entries[parent] = {
-                        "type": "directory",
-                        "path": parent,
-                        "oid": sha1(repr(under).encode()),
-                        "size": 0,
-                    }
+                    oid = sha1(repr(under).encode())
+                    entries[parent] = {"type": "directory", "path": parent, "oid": oid, "size": 0}
                 if recursive or not parents:
                     lfs = file.lfs("oid") if file.sha256 else {}
                     entries[path] = {"type": "file", "path": path, "oid": file.oid, "size": file.size, **lfs}
@@ -99,10 +93,10 @@ class Repository:
 class Refusal(Exception):
     """An answer with an error: its status, its text, and the code that the client makes an exception of."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **body):
+    def __init__(self, status: int, message: str, code: str = "", headers: dict | None = None, **body):
         super().__init__(message)
         self.status, self.body = status, {"error": message, **body}
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self.headers = {"X-Error-Message": message, "X-Error-Code": code, **(headers or {})}
 
 
 class HubServer:
@@ -145,20 +139,20 @@ class HubServer:
         names = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_CACHE_HOME")
         return {name: value for name, value in os.environ.items() if not name.startswith(names)} | ours
 
-    def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The files of a revision, from the disk of the server."""
-        commit = self.revision(self.repository(f"{repo_type}s", repo_id), revision)
+        commit = self.revision(self.repository(repo_id), revision)
         return {path: self.path(file).read_bytes() for path, file in sorted(commit.files.items())}
 
-    def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
+    def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
         """The commits up to a revision, the newest first."""
-        commits = [self.revision(self.repository(f"{repo_type}s", repo_id), revision)]
+        commits = [self.revision(self.repository(repo_id), revision)]
         while commits[-1].parent:
             commits.append(commits[-1].parent)
         return commits
 
-    def repository(self, kind: str | None, name: str) -> Repository:
-        if repository := self.repositories.get(f"{kind or 'models'}/{name}"):
+    def repository(self, name: str) -> Repository:
+        if repository := self.repositories.get(name):
             return repository
         raise Refusal(404, "Repository not found", "RepoNotFound")
 
@@ -173,7 +167,8 @@ class HubServer:
 
     def store(self, content: bytes) -> File:
         file = File(git_id(content), len(content))
-        self.path(file).write_bytes(content)
+        if not self.path(file).exists():
+            self.path(file).write_bytes(content)
         return file
 
     def has_lfs_rule(self, files: dict[str, File], path: str) -> bool:
@@ -229,7 +224,7 @@ def pointer(sha256: str, size: int) -> bytes:
 
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
-API = r"/api/(models|datasets|spaces)/([^/]+(?:/[^/]+)??)"
+API = r"/api/models/([^/]+(?:/[^/]+)??)"
 
 
 def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
@@ -334,20 +329,19 @@ class Handler(BaseHTTPRequestHandler):
     def create_repository(self) -> None:
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
-        kind = f"{wanted.get('type') or 'model'}s"
-        url = f"{self.hub.endpoint}/{'' if kind == 'models' else kind + '/'}{name}"
+        url = f"{self.hub.endpoint}/{name}"
         with self.hub.lock:
-            if f"{kind}/{name}" in self.hub.repositories:
+            if name in self.hub.repositories:
                 raise Refusal(409, "You already created this model repo", url=url)
             repository = Repository(name, wanted.get("private") or wanted.get("visibility") == "private")
             rules = self.hub.store("".join(LFS_RULE.format(f"*.{suffix}") for suffix in LFS_SUFFIXES.split()).encode())
             repository.advance("main", {".gitattributes": rules}, "initial commit", "")
-            self.hub.repositories[f"{kind}/{name}"] = repository
+            self.hub.repositories[name] = repository
         self.reply({"url": url, "name": name})
 
     @route("GET", API + "(?:/revision/([^/]+))?")
-    def information(self, kind: str, name: str, revision: str | None) -> None:
-        repository = self.hub.repository(kind, name)
+    def information(self, name: str, revision: str | None) -> None:
+        repository = self.hub.repository(name)
         commit, first = self.hub.revision(repository, revision or "main"), next(iter(repository.commits.values()))
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         for sibling in siblings if "blobs" in self.query else []:
@@ -358,28 +352,29 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({**answer, "likes": 0, "createdAt": first.date, "lastModified": commit.date})
 
     @route("GET", API + "/tree/([^/]+)(?:/(.+))?")
-    def tree(self, kind: str, name: str, revision: str, folder: str | None) -> None:
-        commit = self.hub.revision(self.hub.repository(kind, name), revision)
+    def tree(self, name: str, revision: str, folder: str | None) -> None:
+        commit = self.hub.revision(self.hub.repository(name), revision)
         entries = commit.tree(folder or "", self.query.get("recursive", [""])[0].lower() in ("1", "true"))
         if folder and not entries:
             raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         self.reply(entries)
 
     @route("POST", API + "/paths-info/([^/]+)")
-    def paths(self, kind: str, name: str, revision: str) -> None:
-        commit, wanted = self.hub.revision(self.hub.repository(kind, name), revision), parse_qs(self.body.decode())
+    def paths(self, name: str, revision: str) -> None:
+        commit, wanted = self.hub.revision(self.hub.repository(name), revision), parse_qs(self.body.decode())
         self.reply([entry for entry in commit.tree(recursive=True) if entry["path"] in wanted.get("paths", [])])
 
     @route("GET", API + "/commits/([^/]+)")
-    def commits(self, kind: str, name: str, revision: str) -> None:
-        commits, author = self.hub.commits(name, revision, kind[:-1]), [{"user": "user"}]
-        self.reply(
-            [{"id": c.sha, "title": c.title, "message": c.message, "date": c.date, "authors": author} for c in commits]
-        )
+    def commits(self, name: str, revision: str) -> None:
+        answers = []
+        for commit in self.hub.commits(name, revision):
+            answers.append({"id": commit.sha, "title": commit.title, "message": commit.message, "date": commit.date})
+            answers[-1]["authors"] = [{"user": "user"}]
+        self.reply(answers)
 
     @route("POST", API + "/(branch|tag)/([^/]+)")
-    def name_commit(self, kind: str, name: str, what: str, argument: str) -> None:
-        repository, wanted = self.hub.repository(kind, name), json.loads(self.body or b"{}")
+    def name_commit(self, name: str, what: str, argument: str) -> None:
+        repository, wanted = self.hub.repository(name), json.loads(self.body or b"{}")
         new, start = (argument, wanted.get("startingPoint", "main")) if what == "branch" else (wanted["tag"], argument)
         commits = repository.branches if what == "branch" else repository.tags
         if new in commits:
@@ -388,8 +383,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({})
 
     @route("POST", API + "/preupload/([^/]+)")
-    def preupload(self, kind: str, name: str, revision: str) -> None:
-        commit, answers = self.hub.revision(self.hub.repository(kind, name), revision), []
+    def preupload(self, name: str, revision: str) -> None:
+        commit, answers = self.hub.revision(self.hub.repository(name), revision), []
         for file in json.loads(self.body)["files"]:
             is_large_or_binary = file["size"] >= LFS_SIZE or b"\0" in base64.b64decode(file["sample"])
             is_lfs = is_large_or_binary or self.hub.has_lfs_rule(commit.files, file["path"])
@@ -399,8 +394,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"files": answers})
 
     @route("POST", API + "/commit/([^/]+)")
-    def commit(self, kind: str, name: str, revision: str) -> None:
-        repository = self.hub.repository(kind, name)
+    def commit(self, name: str, revision: str) -> None:
+        repository = self.hub.repository(name)
         if self.query.get("create_pr"):
             raise Refusal(501, "No pull requests here")
         if self.hub.fail_next_commit:
@@ -411,10 +406,10 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{name}/commit/{commit.sha}"
         self.reply({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
-    @route("POST", r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
-    def offer_uploads(self, kind: str | None, name: str) -> None:
+    @route("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+    def offer_uploads(self, name: str) -> None:
         self.require_token()
-        repository, answers = self.hub.repository(kind, name), []
+        repository, answers = self.hub.repository(name), []
         for wanted in json.loads(self.body)["objects"]:
             answers.append({"oid": wanted["oid"], "size": wanted["size"]})
             if wanted["oid"] not in repository.objects:
@@ -440,18 +435,17 @@ class Handler(BaseHTTPRequestHandler):
             before = len(content)
         if hashlib.sha256(content).hexdigest() != oid or len(content) != size:
             raise Refusal(400, "Not the content that was announced")
-        (self.hub.objects / oid).write_bytes(content)
+        (self.hub.objects / secret).write_bytes(content)
+        (self.hub.objects / secret).replace(self.hub.objects / oid)
         repository.objects.add(oid)
         self.reply(b"")
 
-    @route("GET", r"/(?:(datasets|spaces)/)?([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
-    def resolve(self, kind: str | None, name: str, revision: str, path: str) -> None:
-        commit = self.hub.revision(self.hub.repository(kind, name), revision)
+    @route("GET", r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        commit = self.hub.revision(self.hub.repository(name), revision)
         headers = {"X-Repo-Commit": commit.sha}
         if not (file := commit.files.get(path)):
-            refusal = Refusal(404, "Entry not found", "EntryNotFound")
-            refusal.headers |= headers
-            raise refusal
+            raise Refusal(404, "Entry not found", "EntryNotFound", headers)
         if file.sha256:
             headers |= {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.sha256}"', "ETag": f'"{file.oid}"'}
             return self.reply(b"", 302, {**headers, "Location": f"{self.hub.storage}/object/{file.sha256}"})

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 import textwrap
+from hashlib import sha256
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -241,6 +244,10 @@ def test_failed_commit(hub, pushed, folder, client):
     (folder / "weights" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{ }     ")
     hub.fail_next_commit = True
     assert "500" in client(PUSH, folder, fails=True)
+    uploaded = sha256((folder / "weights" / "model.safetensors").read_bytes()).hexdigest()
+    assert (hub.objects / uploaded).exists()
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(f"{hub.storage}/object/{uploaded}")
     assert hub.files("org/name") == before and hub.commits("org/name")[0].sha == pushed
     assert client(PUSH, folder) == hub.commits("org/name")[0].sha != pushed
     assert without_attributes(hub.files("org/name")) == content(folder)
