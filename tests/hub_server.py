@@ -104,7 +104,7 @@ class HubServer:
 
     Attributes:
         endpoint: the URL for HF_ENDPOINT.
-        requests: "METHOD path status" of every request answered.
+        requests: "METHOD path status" of every request answered, with "broken off" for the status of others.
         fail_next_commit: answer the next commit with status 500, and leave the repository as it is.
         drop_uploads: how many of the coming uploads of LFS objects to break off in their middle. The client tries an
             upload six times, for 23 seconds in all: a number below 6 it survives.
@@ -263,6 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(refusal.body, refusal.status, refusal.headers)
         except ConnectionError:
             self.close_connection = True
+            self.hub.requests.append(f"{self.command} {self.path} broken off")
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 

@@ -257,7 +257,9 @@ def test_dropped_upload(hub, folder, client):
     """The client tries again."""
     hub.drop_uploads = 1
     client(PUSH, folder)
-    assert hub.drop_uploads == 0 and without_attributes(hub.files("org/name")) == content(folder)
+    uploads = [request.split(" ", 2)[2] for request in hub.requests if request.startswith("PUT")]
+    assert sorted(uploads) == ["200", "200", "broken off"]
+    assert without_attributes(hub.files("org/name")) == content(folder)
 
 
 def test_killed_client(hub, folder, tmp_path, client):
