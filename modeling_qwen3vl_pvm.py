@@ -471,23 +471,27 @@ def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -
         )
 
 
-def _base_files(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -> list[str]:
+def safetensors_files(name: str, **hub_kwargs) -> list[str]:
     """
-    The safetensors files of an adapter's base, downloaded if need be. Warns if they are not those that it was trained
-    on.
+    The files with the weights of a whole checkpoint, downloaded if need be.
 
     Raises:
         OSError: if there are none.
     """
-    name, hub_kwargs = config.base_model_name_or_path, _base_hub_kwargs(config, download_kwargs)
     try:
-        files = [cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+        return [cached_file(name, SAFE_WEIGHTS_NAME, **hub_kwargs)]
     except OSError:
-        try:
-            index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
-        except OSError as error:
-            raise OSError(_no_base(config, adapter, error)) from error
-        files, _ = get_checkpoint_shard_files(name, index, **hub_kwargs)
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+        return get_checkpoint_shard_files(name, index, **hub_kwargs)[0]
+
+
+def _base_files(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -> list[str]:
+    """The files of an adapter's base. Warns if they are not those that it was trained on."""
+    name = config.base_model_name_or_path
+    try:
+        files = safetensors_files(name, **_base_hub_kwargs(config, download_kwargs))
+    except OSError as error:
+        raise OSError(_no_base(config, adapter, error)) from error
 
     mark = config.get_text_config().pvm_training or {}
     trained_on, revision = mark.get("base_revision"), extract_commit_hash(files[0], None)

@@ -1,0 +1,189 @@
+"""Every form of a checkpoint turned into the others."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLForConditionalGeneration
+
+import tiny
+from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm import convert
+from pvm.checkpoints import load_checkpoint
+from pvm.errors import UserError
+from training import PVM, ROOT, run
+
+
+REFERENCE = Path(__file__).parent / "reference_case"
+BATCH = tiny.inputs(*tiny.BATCHES["mixed rows"])
+load = Qwen3VLPVMForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture
+def stock(tmp_path) -> Path:
+    tiny.build_stock().save_pretrained(tmp_path / "stock", max_shard_size="50KB")
+    return tmp_path / "stock"
+
+
+@pytest.fixture
+def adapter(stock, tmp_path) -> Path:
+    config = Qwen3VLPVMConfig.from_stock(tiny.stock_config(), pvm_layers=[1, 2], pvm_hidden_size=32)
+    model = load(stock, config=config)
+    tiny.set_gates(model, 0.5)
+    model.config.base_model_name_or_path = str(stock)
+    model.config.text_config.pvm_training = {"method": "pvm", "step": 7}
+    model.save_pretrained(tmp_path / "adapter", adapter_only=True)
+    return tmp_path / "adapter"
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_whole_and_back(stock, adapter, tmp_path, capsys):
+    convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
+    assert torch.equal(tiny.logits(load(tmp_path / "whole"), BATCH), tiny.logits(load(adapter), BATCH))
+    assert not (tmp_path / "whole" / ADAPTER_WEIGHTS_NAME).exists() and (tmp_path / "whole/README.md").exists()
+    assert "has no processor" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="does not say which: give --base"):
+        convert.main([str(tmp_path / "whole"), str(tmp_path / "back"), "--to", "adapter"])
+    convert.main([str(tmp_path / "whole"), str(tmp_path / "back"), "--to", "adapter", "--base", str(stock)])
+    assert same_weights(tmp_path / "back" / ADAPTER_WEIGHTS_NAME, adapter / ADAPTER_WEIGHTS_NAME)
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", adapter))
+    assert ours == theirs
+
+
+def test_a_changed_backbone_makes_no_adapter(stock, adapter, tmp_path):
+    model = load(adapter)
+    with torch.no_grad():
+        model.model.visual.pos_embed.weight[0, 0] += 1e-3
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="model.visual.pos_embed.weight is not the base's"):
+        convert.main([str(tmp_path / "whole"), str(tmp_path / "back"), "--to", "adapter", "--base", str(stock)])
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_base_makes_no_adapter(adapter, tmp_path):
+    load(adapter).save_pretrained(tmp_path / "whole")
+    tiny.build_stock({"num_hidden_layers": 3}).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="is not the base"):
+        convert.main(
+            [str(tmp_path / "whole"), str(tmp_path / "back"), "--to", "adapter", "--base", str(tmp_path / "other")]
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_is_merged(base, conversations, tmp_path, dtype):
+    """In float32, and rounded once."""
+    flags = (*PVM, "--method", "pvm+lora", "--dtype", dtype, "--learning_rate", "1e-2")
+    trained = run(base, conversations, tmp_path / "run", *flags)
+    convert.main([str(trained), str(tmp_path / "whole"), "--to", "full"])
+    whole = load(tmp_path / "whole")
+    assert str(whole.dtype) == f"torch.{dtype}" and whole.config.peft_adapter is None
+    exact = load(trained, dtype="float32")  # LoRA beside the weights
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        difference = (whole(ids).logits.float() - exact(ids).logits).abs().max()
+        without = (Qwen3VLForConditionalGeneration.from_pretrained(base)(ids).logits - exact(ids).logits).abs().max()
+    assert difference < (1e-4 if dtype == "float32" else 0.15) < without
+    if dtype == "bfloat16":
+        name = "model.language_model.layers.1.mlp.up_proj"
+        layer = exact.get_submodule(name)
+        layer.merge()
+        assert torch.equal(whole.get_submodule(name).weight, layer.base_layer.weight.to(torch.bfloat16))
+    assert load_checkpoint(str(tmp_path / "whole")).description.kind == "pvm"
+
+
+def test_the_reference_both_ways(tmp_path):
+    """The authors' checkpoint, ours made of it, and theirs made of ours."""
+    convert.main([str(REFERENCE), str(tmp_path / "ours"), "--to", "full"])
+    convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "reference"])
+    assert same_weights(tmp_path / "theirs/model.safetensors", REFERENCE / "model.safetensors")
+    theirs, recorded = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "theirs", REFERENCE))
+    del recorded["transformers_version"]
+    for part, expected in (
+        (theirs, recorded),
+        (theirs["text_config"], recorded["text_config"]),
+        (theirs["vision_config"], recorded["vision_config"]),
+    ):
+        assert {
+            key: part[key] for key in expected if not isinstance(expected[key], dict) or key == "rope_scaling"
+        } == {key: value for key, value in expected.items() if not isinstance(value, dict) or key == "rope_scaling"}
+    assert not list((tmp_path / "theirs").glob("*.py"))
+
+    inputs = load_file(REFERENCE / "a_one_image.inputs.safetensors")
+    expected = load_file(REFERENCE / "a_one_image.logits.safetensors")
+    for folder in ("ours", "theirs"):
+        model = load(tmp_path / folder)
+        assert model.config.text_config.pvm_causal is False
+        batch = {**inputs, "mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).int()}
+        with torch.no_grad():
+            actual = {"on": model(**batch).logits, "off": model(**batch, use_pvm=False).logits}
+        torch.testing.assert_close(actual["on"], expected["logits"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual["off"], expected["logits_gate_zero"], atol=1e-5, rtol=0)
+
+
+def test_a_causal_model_is_not_quite_the_reference_s(adapter, tmp_path, capsys):
+    convert.main([str(adapter), str(tmp_path / "theirs"), "--to", "reference"])
+    assert "computes something else wherever text stands before an image" in capsys.readouterr().out
+    theirs, ours = load(tmp_path / "theirs"), load(adapter)
+    assert not torch.equal(tiny.logits(theirs, BATCH), tiny.logits(ours, BATCH))
+    theirs.config.text_config.pvm_causal = True
+    assert torch.equal(tiny.logits(theirs, BATCH), tiny.logits(ours, BATCH))
+
+
+def test_an_adapter_of_the_reference(tmp_path):
+    """Its backbone as a stock checkpoint is the base."""
+    weights = load_file(REFERENCE / "model.safetensors")
+    (tmp_path / "base").mkdir()
+    kept = {name: weight for name, weight in weights.items() if ".pvm_block." not in name}
+    save_file(kept, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((REFERENCE / "config.json").read_text())
+    config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+    for key in ("pvm_layers", "pvm_hidden_size"):
+        del config["text_config"][key]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    convert.main([str(REFERENCE), str(tmp_path / "out"), "--to", "adapter", "--base", str(tmp_path / "base")])
+    loaded = load(tmp_path / "out")
+    assert loaded.config.text_config.pvm_causal is False
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+
+
+def test_what_is_refused(adapter, base, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        convert.main([str(adapter), str(tmp_path / "full"), "--to", "full"])
+    with pytest.raises(UserError, match="is of the kind stock"):
+        convert.main([str(base), str(tmp_path / "new"), "--to", "full"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def full_disk(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "write_card", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
+    assert not (tmp_path / "whole").exists()
+    convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
+    assert (tmp_path / "whole/model.safetensors").exists() and not (tmp_path / "whole.incomplete").exists()
+
+
+def test_as_a_command(adapter, tmp_path):
+    command = [sys.executable, "-m", "pvm.convert", str(adapter), str(adapter), "--to", "full"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("pvm.convert: error: ")
+    shutil.rmtree(adapter)
