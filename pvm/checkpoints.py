@@ -73,7 +73,7 @@ class Checkpoint:
     description: Description
 
 
-def checkpoint_kind(path: str) -> str:
+def checkpoint_kind(path: str, revision: str = "main") -> str:
     """
     What kind of checkpoint a folder or Hub name is, from its config files alone: "stock", "pvm", "mlp" or "adapter".
 
@@ -81,11 +81,11 @@ def checkpoint_kind(path: str) -> str:
         UserError: if it is none of these, or not to be found.
     """
     try:
-        if find_adapter_config_file(path) is not None:
+        if find_adapter_config_file(path, revision=revision) is not None:
             return "adapter"
     except OSError:
         pass  # what is no folder and not to be had is said next
-    stored = stored_config(path)
+    stored = stored_config(path, revision)
     model_type, architectures = stored.get("model_type"), stored.get("architectures")
     if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
         return "pvm"

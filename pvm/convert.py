@@ -117,7 +117,7 @@ def convert(args: Namespace) -> None:
     name, folder = args.checkpoint, args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty, and would be overwritten. Name another folder.")
-    kind = checkpoint_kind(name)
+    kind = checkpoint_kind(name, args.revision)
     if kind not in ("pvm", "mlp") or (kind == "mlp" and args.to == "reference"):
         raise UserError(f"{name} is of the kind {kind}, and cannot be made {args.to}: only PVM checkpoints can.")
     model = load_merged(name, args.revision, kind)
