@@ -645,13 +645,13 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         )
         _check_gates(model, pretrained_model_name_or_path)
         if model.config.peft_adapter is not None:
-            folder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
-            adapter_kwargs = {**hub_kwargs, "subfolder": folder}
-            cached_file(pretrained_model_name_or_path, "adapter_model.safetensors", **adapter_kwargs)
-            peft_info = model.load_adapter(pretrained_model_name_or_path, adapter_kwargs=adapter_kwargs)
+            subfolder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                file = cached_file(pretrained_model_name_or_path, name, subfolder=subfolder, **hub_kwargs)
+            peft_info = model.load_adapter(os.path.dirname(file))
             if peft_info.missing_keys:
                 raise ValueError(
-                    f"The PEFT adapter in {pretrained_model_name_or_path}/{folder} lacks weights, e.g. "
+                    f"The PEFT adapter in {pretrained_model_name_or_path}/{subfolder} lacks weights, e.g. "
                     f"{min(peft_info.missing_keys)}: they would be random. Get the complete checkpoint."
                 )
         return (model, loading_info) if output_loading_info else model

@@ -1,0 +1,224 @@
+# Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of Qwen3-VL with Persistent Visual Memory (PVM, arXiv 2605.00814)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3VLConfig, Qwen3VLTextConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# How the authors' implementation names itself in `config.json`; its parameter names are ours.
+REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
+
+# An adapter checkpoint's weights, under the name that `save_pretrained(variant="pvm")` gives them: no class of another
+# model takes them for its own.
+ADAPTER_VARIANT = "pvm"
+ADAPTER_WEIGHTS_NAME = f"model.{ADAPTER_VARIANT}.safetensors"
+
+# (hidden_size, num_hidden_layers) -> the layers published for Qwen3-VL-8B and Qwen3-VL-4B.
+PUBLISHED_PVM_LAYERS = {(4096, 36): [8, 16, 24], (2560, 36): [5, 11, 17]}
+
+
+def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
+    """
+    The decoder layers that carry a branch when the user names none: the published ones for the 8B and 4B shapes,
+    elsewhere the same relative depths, 2/9, 4/9 and 6/9 of the decoder.
+    """
+    published = PUBLISHED_PVM_LAYERS.get((hidden_size, num_hidden_layers))
+    if published is not None:
+        return list(published)
+    return sorted({min(round(num_hidden_layers * share / 9), num_hidden_layers - 1) for share in (2, 4, 6)})
+
+
+@strict
+class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
+    r"""
+    The stock text config with three fields more.
+
+    Args:
+        pvm_layers (`list[int]`, *optional*):
+            Indices of the decoder layers that carry a branch. Left out, they are resolved by
+            [`default_pvm_layers`] when the config is made, and saved.
+        pvm_hidden_size (`int`, defaults to 512):
+            Width of the branch (d' in the paper); a multiple of `head_dim`.
+        pvm_causal (`bool`, defaults to `True`):
+            Whether a text token reads only the visual tokens before it. With `False` it reads all visual tokens of
+            its row, those of later turns included, as the authors' implementation does.
+        pvm_training (`dict`, *optional*):
+            Mark of a checkpoint whose branches were trained: `method`, `step`, and `base_model` with `base_revision`
+            if that was on the Hub. A marked checkpoint without its PVM weights, or with all gates at zero, is refused
+            when it is loaded.
+
+    Raises:
+        ValueError: for the text config of a mixture-of-experts model.
+        StrictDataclassClassValidationError: for layers or a width that the decoder cannot have; the message says what
+            to write instead.
+    """
+
+    model_type = "qwen3_vl_pvm_text"
+
+    pvm_layers: list[int] | tuple[int, ...] | None = None
+    pvm_hidden_size: int = 512
+    pvm_causal: bool = True
+    pvm_training: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        experts = sorted(name for name in kwargs if "experts" in name)
+        if experts:
+            raise ValueError(
+                f"PVM supports the dense Qwen3-VL models only, and this text config has `{experts[0]}`: it belongs to "
+                "a mixture-of-experts model. Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
+            )
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        if self.pvm_layers is None:
+            self.pvm_layers = default_pvm_layers(self.hidden_size, self.num_hidden_layers)
+
+    @property
+    def pvm_num_attention_heads(self) -> int:
+        """Query heads of the branch: as many of the backbone's `head_dim` as fit into `pvm_hidden_size`."""
+        return self.pvm_hidden_size // self.head_dim
+
+    @property
+    def pvm_num_key_value_heads(self) -> int:
+        """Key/value heads of the branch: the backbone's grouped-query ratio, at least one head."""
+        return max(1, self.pvm_num_attention_heads * self.num_key_value_heads // self.num_attention_heads)
+
+    @property
+    def pvm_intermediate_size(self) -> int:
+        """Width of the branch's SwiGLU: the backbone's ratio of intermediate to hidden size."""
+        return int(self.pvm_hidden_size * self.intermediate_size / self.hidden_size)
+
+    # `strict` runs the `validate_*` methods after construction.
+    def validate_pvm_layers(self):
+        """Refuse branches in layers that do not exist, or two in one layer."""
+        last = self.num_hidden_layers - 1
+        suggestion = default_pvm_layers(self.hidden_size, self.num_hidden_layers)
+        if len(self.pvm_layers) == 0:
+            raise ValueError(
+                "`pvm_layers` is empty, so there would be no branch at all. Name at least one decoder layer, e.g. "
+                f"`pvm_layers={suggestion}`, or leave it out; for a model without branches use the stock class."
+            )
+        wrong = [index for index in self.pvm_layers if not 0 <= index <= last]
+        if wrong:
+            raise ValueError(
+                f"`pvm_layers={list(self.pvm_layers)}` names {wrong}, but this model's decoder layers are numbered "
+                f"0 to {last}. Write indices in that range, e.g. `pvm_layers={suggestion}`."
+            )
+        if len(set(self.pvm_layers)) != len(self.pvm_layers):
+            raise ValueError(
+                f"`pvm_layers={list(self.pvm_layers)}` names a layer twice, and a layer holds one branch. Write "
+                f"`pvm_layers={sorted(set(self.pvm_layers))}`."
+            )
+
+    def validate_pvm_hidden_size(self):
+        """Refuse a width that does not split into whole attention heads."""
+        lower = max(self.pvm_hidden_size // self.head_dim, 1) * self.head_dim
+        if self.pvm_hidden_size <= 0 or self.pvm_hidden_size % self.head_dim != 0:
+            raise ValueError(
+                f"`pvm_hidden_size={self.pvm_hidden_size}` is not a positive multiple of `head_dim={self.head_dim}`. "
+                f"Write e.g. `pvm_hidden_size={lower}` or `pvm_hidden_size={lower + self.head_dim}`."
+            )
+        heads, key_value_heads = self.pvm_num_attention_heads, self.pvm_num_key_value_heads
+        if heads % key_value_heads != 0:
+            ratio = self.num_attention_heads // self.num_key_value_heads
+            raise ValueError(
+                f"`pvm_hidden_size={self.pvm_hidden_size}` gives the branch {heads} query heads, which its "
+                f"{key_value_heads} key/value heads do not divide. Write a multiple of {ratio * self.head_dim}, e.g. "
+                f"`pvm_hidden_size={max(heads // ratio, 1) * ratio * self.head_dim}`."
+            )
+
+
+@strict
+class Qwen3VLPVMConfig(Qwen3VLConfig):
+    r"""
+    The stock [`Qwen3VLConfig`] with a [`Qwen3VLPVMTextConfig`] as its `text_config`. Loading the config of a stock
+    Qwen3-VL checkpoint, or of the authors' implementation (`pvm_causal` is then off), converts it.
+
+    Args:
+        base_model_name_or_path (`str`, *optional*):
+            Makes the checkpoint an adapter, which holds its branches only: the Hub name or folder of the model whose
+            other weights it takes.
+        base_model_revision (`str`, *optional*):
+            Branch, tag or commit of the base on the Hub.
+        peft_adapter (`str`, *optional*):
+            Subfolder of an adapter checkpoint with a PEFT adapter (LoRA) of the backbone that belongs to it.
+
+    Example:
+
+    ```python
+    >>> from transformers import Qwen3VLConfig
+
+    >>> config = Qwen3VLPVMConfig.from_stock(Qwen3VLConfig(), pvm_layers=[8, 16, 24])
+    ```
+    """
+
+    model_type = "qwen3_vl_pvm"
+    sub_configs = {"vision_config": Qwen3VLConfig.sub_configs["vision_config"], "text_config": Qwen3VLPVMTextConfig}
+    # Named by class, so that every save writes the code file beside the config.
+    _auto_class = "AutoConfig"
+
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    peft_adapter: str | None = None
+
+    @property
+    def transformers_weights(self) -> str | None:
+        """The file of weights beside the config, where `from_pretrained` is not to look for `model.safetensors`."""
+        return None if self.base_model_name_or_path is None else ADAPTER_WEIGHTS_NAME
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None or isinstance(self.text_config, dict):
+            self.text_config = Qwen3VLPVMTextConfig(**(self.text_config or {}))
+        elif not isinstance(self.text_config, Qwen3VLPVMTextConfig):
+            raise ValueError(
+                f"`text_config` is a {type(self.text_config).__name__}, which has no PVM fields. Write "
+                "`Qwen3VLPVMConfig.from_stock(config, pvm_layers=...)` to convert a stock Qwen3-VL config."
+            )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_stock(cls, config: Qwen3VLConfig, **pvm_fields: Any) -> "Qwen3VLPVMConfig":
+        """
+        A PVM config with every field of the stock `config`.
+
+        Args:
+            config (`Qwen3VLConfig`): the config of a dense Qwen3-VL model.
+            pvm_fields: `pvm_layers`, `pvm_hidden_size`, `pvm_causal`; see [`Qwen3VLPVMTextConfig`].
+
+        Raises:
+            ValueError: if `config` is not that of a dense Qwen3-VL model.
+        """
+        fields = cls._from_stock_dict(config.to_dict())
+        return cls.from_dict({**fields, "text_config": {**fields["text_config"], **pvm_fields}})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict and config_dict.get("model_type") != cls.model_type:
+            config_dict = cls._from_stock_dict(config_dict)
+        return config_dict, kwargs
+
+    @classmethod
+    def _from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        model_type = config_dict.get("model_type")
+        if model_type != Qwen3VLConfig.model_type:
+            raise ValueError(
+                f"PVM branches fit the dense Qwen3-VL models (`model_type: {Qwen3VLConfig.model_type}`), not "
+                f"`model_type: {model_type}`. Start from e.g. Qwen/Qwen3-VL-8B-Instruct."
+            )
+        fields = {**config_dict, "model_type": cls.model_type}
+        if fields.pop("architectures", None) == [REFERENCE_ARCHITECTURE]:
+            logger.warning(
+                f"This checkpoint was written by the authors' implementation ({REFERENCE_ARCHITECTURE}), in which a "
+                "text token also reads images that come after it: loading it with `pvm_causal=False`."
+            )
+            mark = {"method": "pvm", "step": None, "implementation": REFERENCE_ARCHITECTURE}
+            fields["text_config"] = {**fields["text_config"], "pvm_causal": False, "pvm_training": mark}
+        return fields
+
+
+__all__ = ["Qwen3VLPVMConfig", "Qwen3VLPVMTextConfig"]
