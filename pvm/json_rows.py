@@ -63,7 +63,9 @@ def json_texts(file: str) -> Iterator[tuple[int, str]]:
     """
     try:
         with open(file, encoding="utf-8-sig") as stream:
-            first = next((line.strip() for line in stream if line.strip()), "")
+            first = ""
+            while not first and (beginning := stream.readline(1000)):  # a line may be a list of a gigabyte
+                first = beginning.strip()
             stream.seek(0)
             if first.startswith("[") or first == "{":
                 yield from _values(stream.read())

@@ -436,18 +436,19 @@ def read_streams(
         seed (`int`): of the order, the same for all readers of a pass.
         reader (`int`): which of the `readers`, the processes and their workers, from 0.
     """
-    shares = [_share(stream, reader, readers) for stream in streams]
+    whole = arguments.max_samples is None  # else the first rows are wanted, not the first of each file
+    shares = [_share(stream, reader, readers, by_files=whole) for stream in streams]
     if arguments.shuffle_buffer_size > 1:
         shares = [share.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size) for share in shares]
     mixed = mix(shares, arguments.dataset_weights, arguments.stopping_strategy, seed)
     return _in_one_process(mixed)
 
 
-def _share(stream: IterableDataset, reader: int, readers: int) -> IterableDataset:
+def _share(stream: IterableDataset, reader: int, readers: int, by_files: bool) -> IterableDataset:
     """
     Whole files if there are enough, else every `readers`-th row: then all readers have one if there are as many rows.
     """
-    if stream.num_shards >= readers:
+    if by_files and stream.num_shards >= readers:
         files = stream.shard(readers, reader)
         if next(_in_one_process(files), None) is not None:  # files may be without a row
             return files

@@ -757,6 +757,9 @@ def test_readers_share_files_if_there_are_enough_and_else_rows(tmp_path):
     assert shares == [list("0123456"), list("789")]
     shares = [[read.split()[-1] for read in rows_read(arguments, reader, 3)] for reader in range(3)]
     assert shares == [list("0369"), list("147"), list("258")]
+    first = DataArguments([str(tmp_path)], streaming=True, shuffle_buffer_size=1, max_samples=[4])
+    shares = [[read.split()[-1] for read in rows_read(first, reader, 2)] for reader in range(2)]
+    assert shares == [list("02"), list("13")]
     (tmp_path / "b-train.jsonl").write_text("\n")  # a file of no rows leaves no reader without
     shares = [[read.split()[-1] for read in rows_read(arguments, reader, 2)] for reader in range(2)]
     assert shares == [list("0123456"), list("135")]
