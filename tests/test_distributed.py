@@ -111,3 +111,18 @@ def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_pa
     finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole", "pvm", atol=0)
+
+
+def test_two_processes_on_one_stream(base, conversations, tmp_path):
+    """Twelve rows in one file for two processes of two workers, of which none runs out in forty rounds."""
+    flags = ("--streaming", "true", "--dataloader_num_workers", "2", "--max_steps", "40")
+    output = finish(launch("ddp", base, conversations, tmp_path / "run", *FLAGS, *METHODS["pvm"], *flags))
+    assert "Everything frozen is as it was" in output and len(losses(tmp_path / "run")) == 40
+
+
+def test_two_processes_refuse_a_stream_alike(base, conversations, tmp_path):
+    flags = ("--streaming", "true", "--dataloader_num_workers", "7")
+    process = launch("ddp", base, conversations, tmp_path / "run", *FLAGS, *METHODS["pvm"], *flags)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and output.count("train.py: error:") == 2
+    assert output.count("data.jsonl has 12 rows for 14 readers") == 2
