@@ -71,7 +71,7 @@ def json_texts(file: str) -> Iterator[tuple[int, str]]:
                 yield from _values(stream.read())
             else:
                 yield from ((number, line.strip()) for number, line in enumerate(stream, start=1) if line.strip())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {error}.") from error
 
 

@@ -4,6 +4,7 @@ Two processes with gloo, launched with the accelerate configs that ship: what th
 The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
+import json
 import signal
 from pathlib import Path
 
@@ -114,10 +115,17 @@ def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_pa
 
 
 def test_two_processes_on_one_stream(base, conversations, tmp_path):
-    """Twelve rows in one file for two processes of two workers, of which none runs out in forty rounds."""
-    flags = ("--streaming", "true", "--dataloader_num_workers", "2", "--max_steps", "40")
-    output = finish(launch("ddp", base, conversations, tmp_path / "run", *FLAGS, *METHODS["pvm"], *flags))
-    assert "Everything frozen is as it was" in output and len(losses(tmp_path / "run")) == 40
+    """Two files, one of them without a row: neither a rank nor one of its workers runs out."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "1-train.jsonl").write_text("\n")
+    for workers in ("0", "2"):
+        flags = ("--streaming", "true", "--dataloader_num_workers", workers, "--max_steps", "20")
+        process = launch("ddp", base, tmp_path / "data", tmp_path / workers, *FLAGS, *METHODS["pvm"], *flags)
+        assert "Everything frozen is as it was" in finish(process)
+        assert len(losses(tmp_path / workers)) == 20
 
 
 def test_two_processes_refuse_a_stream_alike(base, conversations, tmp_path):
