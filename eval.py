@@ -351,10 +351,11 @@ def load_rows(arguments: EvalArguments) -> Conversations:
     conversations = load_conversations(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
     column = arguments.group_by
     if column is not None:
-        columns = conversations.dataset.column_names
-        if column not in columns:
-            raise UserError(f"--group_by {column}: the data set's columns are {', '.join(columns)}.")
-        values = len(set(map(str, conversations.column(column))))
+        groups = conversations.column(column)
+        if all(group is None for group in groups):
+            columns = ", ".join(conversations.columns)
+            raise UserError(f"--group_by {column}: no row has a value there; the columns are {columns}.")
+        values = len(set(map(str, groups)))
         if values > MAX_GROUPS:
             raise UserError(f"--group_by {column}: it has {values} values, and at most {MAX_GROUPS} make a report.")
     return conversations.sample(arguments.max_samples)

@@ -3,27 +3,29 @@
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import transformers
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
-from . import data, formats
+from . import data, formats, json_rows
 from . import sources as sources_module
 from .checkpoints import processor_state
-from .data import ConversationDataset, ConversationEncoder, ConversationStream, no_visuals
+from .data import WATCH_AFTER, ConversationDataset, ConversationEncoder, ConversationStream, no_visuals
 from .errors import SetupError, UserError
-from .sources import Conversations, DataArguments, Mixture, load_sources, load_stream
+from .sources import Conversations, DataArguments, Mixture, load_sources, load_streams
 
 
 SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # the only files that a new run replaces
+CHANGED = " It could be used when it was checked: if files have changed, check again with --overwrite_cache true."
 SHOWN_ROWS = 3  # bad rows that an error names; the dry run shows ten times as many
 COUNTS = ("length", "visual_tokens", "label_tokens")
 CHECKED = Features({"row": Value("int64"), "problem": Value("string"), **{key: Value("int32") for key in COUNTS}})
@@ -47,17 +49,20 @@ def load_training_data(
         `ConversationDataset`, `ConversationStream`, or `None` after a dry run.
 
     Raises:
-        UserError: if the data cannot be read, too many rows cannot be used, or no row has an image that needs one.
+        UserError: if the data cannot be read, too many rows cannot be used, or no row has an image that needs one;
+            after a dry run, too.
     """
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     settings = {"max_length": arguments.max_length, "train_on": arguments.train_on}
     if arguments.streaming:
         if training_args.max_steps < 1:
             raise UserError("--streaming true needs --max_steps: how many rows a stream has is not known.")
-        stream = load_stream(arguments, seed, training_args.process_index, training_args.world_size)
+        streams = load_streams(arguments)
+        readers = training_args.world_size * max(1, training_args.dataloader_num_workers)
+        check_streams(streams, arguments.dataset_name, readers, needs_visuals)
         encoder = ConversationEncoder(processor, **settings)
-        rank = training_args.process_index
-        return ConversationStream(stream, encoder, arguments, training_args.output_dir, rank, needs_visuals)
+        rank, world_size = training_args.process_index, training_args.world_size
+        return ConversationStream(streams, encoder, arguments, training_args.output_dir, seed, rank, world_size)
 
     # The main process does the work, the others find it in the cache.
     with training_args.main_process_first(desc="checking the data"):
@@ -74,26 +79,52 @@ def load_training_data(
         seed,
     )
     report = describe([source.name for source in sources], checks, usable, mixture)
+    output_dir = Path(training_args.output_dir)
+    # The folder may hold a run already, which has rows skipped that a dry run says nothing about.
+    written = output_dir / (DRY_RUN if arguments.dry_run else SKIPPED_ROWS)
     if training_args.process_index == 0:
-        output_dir = Path(training_args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        with open(output_dir / SKIPPED_ROWS, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["refused"])
         if arguments.dry_run:
-            (output_dir / DRY_RUN).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            written.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
             for table in tables(report):
                 console.print(table)
+            console.print(f"Written: {written}", highlight=False)
         else:
-            console.print(summary(report, output_dir / SKIPPED_ROWS), highlight=False)
-    problem = _objection(report, arguments, needs_visuals, Path(training_args.output_dir) / SKIPPED_ROWS)
-    if arguments.dry_run:
-        if training_args.process_index == 0:
-            verdict = f"A training would stop here: {problem}" if problem else "A training would go on from here."
-            console.print(f"{verdict}\nWritten: {output_dir / DRY_RUN}, {SKIPPED_ROWS}", highlight=False)
-        return None
+            with open(written, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["refused"])
+            console.print(summary(report, written), highlight=False)
+    problem = _objection(report, arguments, needs_visuals, written)
     if problem:
-        raise UserError(problem)
-    return ConversationDataset(mixture, processor, **settings)
+        raise UserError(f"A training would stop here: {problem}" if arguments.dry_run else problem)
+    if arguments.dry_run:
+        console.print("A training would go on from here.")
+        return None
+    return ConversationDataset(mixture, processor, advice=CHANGED, **settings)
+
+
+def check_streams(streams: Sequence[IterableDataset], names: Sequence[str], readers: int, needs_visuals: bool) -> None:
+    """
+    Refuse what would end a training later, on all ranks alike.
+
+    Args:
+        streams (`Sequence[datasets.IterableDataset]`): of [`load_streams`].
+        names (`Sequence[str]`): of the data sets.
+        readers (`int`): processes, or their workers, that share the rows.
+        needs_visuals (`bool`): refuse data without an image or a video in its first rows.
+
+    Raises:
+        UserError: if there are fewer rows than readers, or no image that is needed.
+    """
+    for name, stream in zip(names, streams):
+        rows = sum(1 for _ in stream.take(readers))
+        if rows < readers:
+            raise UserError(
+                f"{name} has {rows} rows for {readers} readers, the processes and their --dataloader_num_workers. "
+                "Leave --streaming out, or take fewer."
+            )
+    first = (record for stream in streams for record in islice(stream, WATCH_AFTER))
+    if needs_visuals and not any(record["images"] or record["videos"] for record in first):
+        raise UserError(no_visuals(f"None of the first {WATCH_AFTER} rows of {' '.join(names)}"))
 
 
 def check_rows(
@@ -129,7 +160,7 @@ def check_rows(
             transformers.__version__,
             [
                 Path(file).read_text("utf-8")
-                for file in (data.__file__, formats.__file__, sources_module.__file__, __file__)
+                for file in (data.__file__, formats.__file__, json_rows.__file__, sources_module.__file__, __file__)
             ],
         ]
     )

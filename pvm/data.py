@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import (
-    Image,
-    IterableDataset,
-)
+from datasets import Image, IterableDataset
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
 from .errors import SetupError, UserError
 from .formats import Conversation
-from .sources import Conversations, DataArguments, Mixture, from_record
+from .sources import Conversations, DataArguments, Mixture, from_record, read_streams
 
 
 IGNORE_INDEX = -100  # what the loss of transformers and torch leaves out
@@ -171,11 +168,15 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     Args:
         conversations (`Conversations` or `Mixture`): the rows.
+        advice (`str`): what to do about a row that cannot be used, beside mending it.
         processor, max_length, train_on, prompt_only: see [`ConversationEncoder`].
     """
 
-    def __init__(self, conversations: Conversations | Mixture, processor: ProcessorMixin, **encoder_arguments):
+    def __init__(
+        self, conversations: Conversations | Mixture, processor: ProcessorMixin, advice: str = "", **encoder_arguments
+    ):
         self.conversations = conversations
+        self.advice = advice
         self.encoder = ConversationEncoder(processor, **encoder_arguments)
 
     def __len__(self) -> int:
@@ -192,7 +193,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         try:
             return self.encoder(self.conversations[index])
         except UserError as error:
-            raise UserError(f"{self.conversations.where(index)}: {error}") from error
+            raise UserError(f"{self.conversations.where(index)}: {error}{self.advice}") from error
 
 
 class ConversationCollator:
@@ -230,50 +231,53 @@ class ConversationCollator:
 
 class ConversationStream(torch.utils.data.IterableDataset):
     """
-    The rows of [`load_stream`] as model inputs, again and again without end: ranks have different numbers of usable
-    rows, and none must run out before the others. `--max_steps` ends the training.
+    The rows of [`load_streams`] as model inputs, again and again without end: readers (ranks and their workers) have
+    different numbers of usable rows, and none must run out before the others. `--max_steps` ends the training.
 
     A row that cannot be used is skipped, and named in `skipped_rows-RANK-WORKER.jsonl`, a file for each process that
     reads. Where a data set has several files, `row` counts within what that process read.
 
     Args:
-        stream (`datasets.IterableDataset`): the rows of this rank.
-        encoder (`ConversationEncoder`): what makes inputs of them.
-        arguments (`DataArguments`): `max_skipped` is looked at.
+        streams (`Sequence[datasets.IterableDataset]`): the data sets.
+        encoder (`ConversationEncoder`): what makes inputs of their rows.
+        arguments (`DataArguments`): how they are mixed, and how many rows may be skipped.
         output_dir (`str` or `Path`): where the reports go.
-        rank (`int`): of this process.
-        needs_visuals (`bool`): stop if there turns out to be no image and no video.
+        seed (`int`): of the order.
+        rank, world_size (`int`): of this process.
     """
 
     def __init__(
         self,
-        stream: IterableDataset,
+        streams: Sequence[IterableDataset],
         encoder: ConversationEncoder,
         arguments: DataArguments,
         output_dir: str | Path,
+        seed: int = 0,
         rank: int = 0,
-        needs_visuals: bool = False,
+        world_size: int = 1,
     ):
-        self.stream = stream
+        self.streams = streams
         self.encoder = encoder
         self.arguments = arguments
         self.output_dir = Path(output_dir)
+        self.seed = seed
         self.rank = rank
-        self.needs_visuals = needs_visuals
+        self.world_size = world_size
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """
         Raises:
-            UserError: after `WATCH_AFTER` rows or all, if too many were bad, or none has an image that needs one.
+            UserError: after `WATCH_AFTER` rows or all, if too many were bad.
         """
-        worker = torch.utils.data.get_worker_info()
-        report = self.output_dir / f"skipped_rows-{self.rank}-{0 if worker is None else worker.id}.jsonl"
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        reader, readers = self.rank * workers + worker, self.world_size * workers
+        report = self.output_dir / f"skipped_rows-{self.rank}-{worker}.jsonl"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.unlink(missing_ok=True)  # a resumed run reads all from the start again
-        seen, skipped, with_visuals, refused = 0, 0, 0, {}
+        seen, skipped, refused = 0, 0, {}
         for epoch in itertools.count():
-            self.stream.set_epoch(epoch)
-            for record in self.stream:
+            for record in read_streams(self.streams, self.arguments, self.seed + epoch, reader, readers):
                 seen += 1
                 try:
                     example = self.encoder(from_record(record))
@@ -285,32 +289,21 @@ class ConversationStream(torch.utils.data.IterableDataset):
                     if epoch == 0:
                         with open(report, "a", encoding="utf-8") as file:
                             file.write(json.dumps(refused, ensure_ascii=False) + "\n")
-                    example = None
-                with_visuals += example is not None and bool(example["mm_token_type_ids"].any())
-                if seen >= WATCH_AFTER:
-                    self._watch(seen, skipped, with_visuals, refused)
-                if example is not None:
+                else:
                     yield example
-            if seen == 0 and worker is None:
-                raise UserError(
-                    f"Process {self.rank} finds no rows in the stream of {' '.join(self.arguments.dataset_name)}: "
-                    "there are fewer than processes. Leave --streaming out."
-                )
-            if seen == 0:  # there are more workers than files
-                return
+                if seen >= WATCH_AFTER:
+                    self._watch(seen, skipped, refused)
             if skipped == seen:
-                raise UserError(f"None of the {seen} rows of the stream can be used; the last: {refused['problem']}")
-            self._watch(seen, skipped, True, refused)  # all of it may be too little to say that no row has an image
+                raise UserError(f"None of the {seen} rows of the stream can be used; {report} says why.")
+            self._watch(seen, skipped, refused)
 
-    def _watch(self, seen: int, skipped: int, with_visuals: int, last: dict[str, Any]) -> None:
+    def _watch(self, seen: int, skipped: int, last: dict[str, Any]) -> None:
         if skipped > self.arguments.max_skipped * seen:
             raise UserError(
                 f"{skipped} of the first {seen} rows cannot be used, more than --max_skipped "
                 f"{self.arguments.max_skipped:g}. {self.output_dir}/skipped_rows-*.jsonl name them; the last: "
                 f"{last['dataset']}, row {last['row']}: {last['problem']}"
             )
-        if self.needs_visuals and not with_visuals:
-            raise UserError(no_visuals(f"None of the first {seen} rows of {' '.join(self.arguments.dataset_name)}"))
 
 
 def no_visuals(subject: str) -> str:

@@ -48,9 +48,6 @@ def check_columns(columns: Sequence[str]) -> None:
             f"no known form has its columns, {', '.join(columns)}. It needs {FORMS}. Rename the columns, or see "
             "docs/data.md."
         )
-    for plural in MEDIA.values():
-        if {plural, plural[:-1]} <= set(columns):
-            raise UserError(f"it has both `{plural}` and `{plural[:-1]}`, and only one can be meant. Remove one.")
 
 
 def to_conversation(row: dict[str, Any], folder: Path | None = None) -> Conversation:
@@ -76,7 +73,7 @@ def to_conversation(row: dict[str, Any], folder: Path | None = None) -> Conversa
         turns, given = prompt + completion, len(prompt)
     elif row.get("conversations") is not None:
         turns = [
-            {"role": LLAVA_ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+            {"role": LLAVA_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
             for turn in _as_turns(row["conversations"])
         ]
     else:
@@ -117,9 +114,7 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"message {index} is the system's, which can only be the first: chat templates leave it out.")
     if not isinstance(content, (str, list, type(None))):
         raise UserError(
-            f"message {index} ({role}) has the content {content!r}, which is neither a string nor a list of parts. "
-            "(In a JSON file that mixes the two, a string like 7 or true is read as a number or a truth value: write "
-            "all contents as lists there.)"
+            f"message {index} ({role}) has the content {content!r}, which is neither a string nor a list of parts."
         )
     if isinstance(content, str):
         content = _split_at_marks(content) if role == "user" else [{"type": "text", "text": content}]
@@ -127,7 +122,7 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"message {index} has a content that is neither a string nor a list of parts.")
     parts = []
     for part in content or []:
-        kind, text = part.get("type"), part.get("text") or ""
+        kind, text = part.get("type"), "" if part.get("text") is None else part["text"]
         if not isinstance(text, str):
             raise UserError(f"message {index} has a text that is no string, but {text!r}.")
         if kind not in ("text", *MEDIA):
@@ -149,11 +144,12 @@ def _split_at_marks(text: str) -> list[dict[str, Any]]:
 
 
 def _media(row: dict[str, Any], kind: str) -> list:
-    value = row.get(MEDIA[kind])
-    value = row.get(kind) if value is None else value
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    given = [row[column] for column in (MEDIA[kind], kind) if row.get(column) not in (None, [])]
+    if len(given) > 1:
+        raise UserError(f"it has both `{MEDIA[kind]}` and `{kind}`, and only one can be meant. Remove one.")
+    if given and not isinstance(given[0], list):
+        return given
+    return given[0] if given else []
 
 
 def _file(value: Any, kind: str, folder: Path | None) -> dict[str, Any]:
@@ -164,6 +160,8 @@ def _file(value: Any, kind: str, folder: Path | None) -> dict[str, Any]:
         path, content = value, None
     else:
         raise UserError(f"one of its {MEDIA[kind]} is neither a path nor a file, but {value!r}.")
+    if not isinstance(path, (str, type(None))) or not isinstance(content, (bytes, type(None))):
+        raise UserError(f"one of its {MEDIA[kind]} is neither a path nor a file, but {str(value)[:60]}.")
     if not path and not content:
         raise UserError(f"one of its {MEDIA[kind]} is empty.")
     if content is None and "://" not in path and not Path(path).is_absolute():

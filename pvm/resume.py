@@ -86,6 +86,9 @@ def run_settings(
         settings[key] = training_args.to_dict()[key]
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim"):
         settings[key] = training_args.to_dict()[key]
+    if data_args.streaming:  # whose order they are part of
+        settings["shuffle_buffer_size"] = data_args.shuffle_buffer_size
+        settings["dataloader_num_workers"] = training_args.dataloader_num_workers
     return {**settings, "num_processes": training_args.world_size}
 
 

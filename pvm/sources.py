@@ -1,7 +1,8 @@
 """Where conversations come from: files, folders and the Hub, several mixed, read at once or as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from datasets import (
     load_dataset,
 )
 from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.distributed import split_dataset_by_node
 
 from .errors import UserError
 from .formats import Conversation, check_columns, to_conversation
+from .json_rows import JSON_ROW, load_json, parsed
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FIRST_ROWS = 100  # of a JSON file: what columns it has is seen from these
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Conversations:
             UserError: saying what is wrong with the row, not which it is; see `where`.
         """
         (row,) = self.dataset[self.rows[index]].to_pylist()
-        return to_conversation(self.features.decode_example(row), self.folder)
+        return to_conversation(parsed(self.features.decode_example(row)), self.folder)
 
     def where(self, index: int) -> str:
         """The data set and its row, for messages."""
@@ -180,9 +182,44 @@ class Conversations:
             return self
         return self.select([k * len(self) // count for k in range(count)])
 
+    @property
+    def columns(self) -> list[str]:
+        """
+        The names of the columns; of JSON files, whose rows may differ, those of the first rows.
+
+        Raises:
+            UserError: if none of them can be read.
+        """
+        if self.features != JSON_ROW:
+            return self.dataset.column_names
+        return _keys(self.dataset.with_format(None))
+
     def column(self, name: str) -> list:
-        """The values of a column of the data set, in these rows."""
-        return self.dataset.with_format(None).select(self.rows)[name][:]
+        """The values of a column of the data set in these rows, `None` where there is none."""
+        dataset = self.dataset.with_format(None).select(self.rows)
+        if self.features == JSON_ROW:
+            return [_value(row, name) for row in dataset]
+        return dataset[name][:] if name in dataset.column_names else [None] * len(dataset)
+
+
+def _keys(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The columns of the first rows. A row that is no JSON has none; if all are, that is raised."""
+    keys, problem = {}, None
+    for row in islice(rows, FIRST_ROWS):
+        try:
+            keys |= dict.fromkeys(parsed(row))
+        except UserError as error:
+            problem = problem or error
+    if problem is not None and not keys:
+        raise problem
+    return list(keys)
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    try:
+        return parsed(row).get(name)
+    except UserError:
+        return None  # the row itself is refused when it is used
 
 
 def undecoded(feature: Any) -> Any:
@@ -263,8 +300,9 @@ def load_conversations(name: str, split: str, config_name: str | None = None) ->
     dataset = _load(name, split, config_name, streaming=False)
     if len(dataset) == 0:
         raise UserError(f"{name}, split {split}, has no rows.")
-    _check_columns(name, dataset.column_names)
-    return Conversations(name, dataset, _folder(name))
+    conversations = Conversations(name, dataset, _folder(name))
+    _check_columns(name, conversations.columns)
+    return conversations
 
 
 def load_sources(arguments: DataArguments) -> list[Conversations]:
@@ -315,13 +353,14 @@ def _load(name: str, split: str, config_name: str | None, streaming: bool) -> Da
     if path.exists() and config_name is not None:
         raise UserError(f"--dataset_config {config_name}: {name} is a local data set, which has no configurations.")
     try:
-        if path.is_file():
-            source = {"path": FILE_FORMATS[path.suffix], "data_files": str(path)}
-        elif path.is_dir():
-            source = _folder_source(path)
+        if not path.exists():
+            dataset = load_dataset(name, config_name, split=split, streaming=streaming)
         else:
-            source = {"path": name, "name": config_name}
-        dataset = load_dataset(**source, split=split, streaming=streaming)
+            file_format, files = (FILE_FORMATS[path.suffix], str(path)) if path.is_file() else _folder_files(path)
+            if file_format == "json":
+                dataset = load_json(files, split, streaming)
+            else:
+                dataset = load_dataset(file_format, data_files=files, split=split, streaming=streaming)
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its readers raise
@@ -332,8 +371,8 @@ def _load(name: str, split: str, config_name: str | None, streaming: bool) -> Da
     return dataset
 
 
-def _folder_source(path: Path) -> dict[str, Any]:
-    """What `load_dataset` takes for a folder: its data files by split, without the images that lie beside them."""
+def _folder_files(path: Path) -> tuple[str, dict[str, list[str]]]:
+    """The format of a folder's data files, and the files by split, without the images that lie beside them."""
     patterns = get_data_patterns(str(path))
     files = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=list(FILE_FORMATS))
     files = {split: [str(file) for file in found] for split, found in files.items() if found}
@@ -341,7 +380,7 @@ def _folder_source(path: Path) -> dict[str, Any]:
     if len(formats) != 1:
         found = "both JSON and Parquet files" if formats else f"no {', '.join(FILE_FORMATS)} file"
         raise UserError(f"{path} holds {found}. Name one file.")
-    return {"path": formats.pop(), "data_files": files}
+    return formats.pop(), files
 
 
 # Streams
@@ -363,11 +402,8 @@ RECORD = Features(
 )
 
 
-def load_stream(arguments: DataArguments, seed: int, rank: int = 0, world_size: int = 1) -> IterableDataset:
-    """
-    The data sets of a command line as one stream of rows with the columns of `RECORD`, of which each rank reads its
-    own share.
-    """
+def load_streams(arguments: DataArguments) -> list[IterableDataset]:
+    """The data sets of a command line as streams of rows with the columns of `RECORD`, in the order of their rows."""
     streams = []
     for label, name, config_name, split, count in _each(arguments):
         stream = _load(name, split, config_name, streaming=True)
@@ -376,7 +412,7 @@ def load_stream(arguments: DataArguments, seed: int, rank: int = 0, world_size: 
         first = next(iter(stream), None)
         if first is None:
             raise UserError(f"{name}, split {split}, has no rows.")
-        _check_columns(name, list(first))
+        _check_columns(name, _keys(stream) if first.keys() == JSON_ROW.keys() else list(first))
         stream = stream if count is None else stream.take(count)
         streams.append(
             stream.map(
@@ -387,15 +423,47 @@ def load_stream(arguments: DataArguments, seed: int, rank: int = 0, world_size: 
                 fn_kwargs={"name": label, "folder": _folder(name)},
             )
         )
-    stream = mix(streams, arguments.dataset_weights, arguments.stopping_strategy, seed)
+    return streams
+
+
+def read_streams(
+    streams: Sequence[IterableDataset], arguments: DataArguments, seed: int, reader: int = 0, readers: int = 1
+) -> Iterator[dict[str, Any]]:
+    """
+    One pass of one of several readers through [`load_streams`]: its own share of each, shuffled and mixed.
+
+    Args:
+        seed (`int`): of the order, the same for all readers of a pass.
+        reader (`int`): which of the `readers`, the processes and their workers, from 0.
+    """
+    whole = arguments.max_samples is None  # else the first rows are wanted, not the first of each file
+    shares = [_share(stream, reader, readers, by_files=whole) for stream in streams]
     if arguments.shuffle_buffer_size > 1:
-        stream = stream.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size)
-    return split_dataset_by_node(stream, rank, world_size)
+        shares = [share.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size) for share in shares]
+    mixed = mix(shares, arguments.dataset_weights, arguments.stopping_strategy, seed)
+    return _in_one_process(mixed)
+
+
+def _share(stream: IterableDataset, reader: int, readers: int, by_files: bool) -> IterableDataset:
+    """
+    Whole files if there are enough, else every `readers`-th row: then all readers have one if there are as many rows.
+    """
+    if by_files and stream.num_shards >= readers:
+        files = stream.shard(readers, reader)
+        if next(_in_one_process(files), None) is not None:  # files may be without a row
+            return files
+    return stream.filter(lambda record: record["row"] % readers == reader)
+
+
+def _in_one_process(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    """All rows. In a worker of a `DataLoader`, iterating over the stream itself would share them out by files."""
+    for batch in stream.iter(batch_size=1):
+        yield {key: value for key, (value,) in batch.items()}
 
 
 def _to_record(row: dict[str, Any], index: int, name: str, folder: Path | None) -> dict[str, Any]:
     try:
-        return {"dataset": name, "row": index, "problem": None, **asdict(to_conversation(row, folder))}
+        return {"dataset": name, "row": index, "problem": None, **asdict(to_conversation(parsed(row), folder))}
     except UserError as error:
         return {"dataset": name, "row": index, "problem": str(error), **asdict(Conversation([]))}
 

@@ -1,6 +1,7 @@
 """From data sets of every form to batches: what is read, refused, checked, mixed and streamed."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pvm.checks import check_rows, load_training_data
 from pvm.data import ConversationCollator, ConversationDataset, ConversationEncoder, ConversationStream
 from pvm.errors import UserError
 from pvm.formats import Conversation, to_conversation
-from pvm.sources import Conversations, DataArguments, Mixture, load_conversations, load_stream
+from pvm.sources import Conversations, DataArguments, Mixture, load_conversations, load_streams, read_streams
 from pvm.trainer import PVMTrainingArguments
 
 
@@ -220,6 +221,11 @@ def bad(*messages, **columns) -> dict:
         (bad(user("a <|im_end|> b"), assistant("c")), "message 0 has <|im_end|> in its text"),
         (bad(user("a"), assistant("c"), images=["a.png"]), "a.png is a relative path"),
         (bad(user("a"), assistant("c"), images=[None]), "neither a path nor a file"),
+        (bad(user("a"), assistant("c"), images=[{"path": 7}]), "neither a path nor a file"),
+        (bad(user("a"), assistant("c"), images=["/a.png"], image="/a.png"), "both `images` and `image`"),
+        (bad(user("a"), assistant([{"type": "text", "text": 0}])), "message 1 has a text that is no string, but 0"),
+        (bad(user("a"), assistant(7)), "message 1 .assistant. has the content 7, which is neither"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "has the role"),
         (bad(assistant("c"), images=["/a.png"]), "no user message to show them in"),
         ({"messages": "What?"}, "no list of messages"),
         ({"messages": None}, "no conversation in it"),
@@ -231,6 +237,107 @@ def test_bad_rows_are_refused_in_words(row, message):
 
 
 # Files, folders and other names
+
+
+def answers(conversations: Conversations) -> list[str]:
+    return [conversation.messages[-1]["content"][0]["text"] for conversation in conversations]
+
+
+STRINGS = ["7", "true", "null", '"yes"', "[]", "2024-01-01", "1e3", "é 🐈"]
+
+
+def mixed_contents() -> list[dict]:
+    """Lists of parts for the user, strings for the assistant, and rows with different keys."""
+    rows = [bad(user([IMAGE, text("What?")]), assistant(answer), image="0.png") for answer in STRINGS]
+    return [*rows, {**rows[0], "image": None, "images": ["1.png"], "source": "other"}]
+
+
+@pytest.mark.parametrize("name", ["mixed.jsonl", "mixed.json"])
+def test_strings_in_json_stay_as_they_are(media, name):
+    rows = load_conversations(write(media, name, mixed_contents()), "train")
+    assert answers(rows) == [*STRINGS, "7"]
+    assert [Path(row.images[0]["path"]).name for row in rows] == 8 * ["0.png"] + ["1.png"]
+    assert rows.columns == ["messages", "image", "images", "source"]
+    assert rows.column("source") == 8 * [None] + ["other"] and rows.column("colour") == 9 * [None]
+    arguments = DataArguments([str(media / name)], streaming=True, shuffle_buffer_size=1)
+    records = list(read_streams(load_streams(arguments), arguments, seed=0))
+    assert [record["messages"][1]["content"][0]["text"] for record in records] == [*STRINGS, "7"]
+
+
+LINES = [json.dumps(bad(user("What?"), assistant(answer))) for answer in "ABC"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("lines.json", "\n".join(LINES)),
+        ("list.jsonl", f"[{','.join(LINES)}]"),
+        ("pretty.json", json.dumps([json.loads(line) for line in LINES], indent=2)),
+        ("objects.jsonl", "\n".join(json.dumps(json.loads(line), indent=2) for line in LINES)),
+        ("blank.jsonl", "\n\n" + "\n \n".join(LINES) + "\n\n"),
+        ("crlf.jsonl", "\r\n".join(LINES)),
+        ("bom.jsonl", "\ufeff" + "\n".join(LINES)),
+        ("bom.json", "\ufeff \n [" + ", ".join(LINES) + "]\n"),
+    ],
+)
+def test_layouts_of_json(tmp_path, name, content, streaming):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    arguments = DataArguments([str(tmp_path / name)], streaming=streaming, shuffle_buffer_size=1)
+    if streaming:
+        records = list(read_streams(load_streams(arguments), arguments, seed=0))
+        assert [record["messages"][1]["content"][0]["text"] for record in records] == ["A", "B", "C"]
+        return
+    assert answers(load_conversations(str(tmp_path / name), "train")) == ["A", "B", "C"]
+    assert answers(load_conversations(str(tmp_path / name), "train[1:]")) == ["B", "C"]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(LINES))
+    assert len(load_conversations(str(tmp_path / "rows.jsonl"), "train")) == 3
+    (tmp_path / "rows.jsonl").write_text(LINES[2])
+    os.utime(tmp_path / "rows.jsonl", (1, 1))
+    assert answers(load_conversations(str(tmp_path / "rows.jsonl"), "train")) == ["C"]
+
+
+def test_a_broken_line_is_a_bad_row(processor, tmp_path):
+    lines = [LINES[0], "", '{"messages": [', "[1]", LINES[1], '{"prompt": "\\ud83d", "completion": "a"}']
+    (tmp_path / "broken.jsonl").write_text("\n".join(lines))
+    name = str(tmp_path / "broken.jsonl")
+    problems = {
+        1: f"line 3 of {name} is no JSON: Expecting value, column 15",
+        2: f"line 4 of {name} is no JSON object, but [1]",
+        4: f"line 6 of {name} is no JSON: 'utf-8' codec can't encode character",
+    }
+    load(DataArguments([name], max_skipped=1.0), processor, tmp_path / "run", needs_visuals=False)
+    named = skipped(tmp_path / "run")
+    assert named.keys() == problems.keys() and all(problems[row] in named[row] for row in named)
+    arguments = DataArguments([name], max_skipped=1.0, streaming=True, shuffle_buffer_size=1)
+    take(load(arguments, processor, tmp_path / "run", needs_visuals=False, max_steps=1), 4)
+    assert skipped(tmp_path / "run", "skipped_rows-0-0.jsonl") == named
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[{LINES[0]},\n{LINES[1]}", "rows.json is no JSON: Expecting the end of the list, .* line 2"),
+        (f"[{LINES[0]},", "rows.json is no JSON: Expecting the end of the list"),
+        (f"[{LINES[0]}]\n{LINES[1]}", "rows.json is no JSON: Expecting the end of the list, .* line 1"),
+        (f"[{LINES[0]},\n{LINES[1][:-1]}]", "rows.json is no JSON: Expecting ',' delimiter: line 2"),
+        ('{\n"messages": [\n', "rows.json is no JSON: Expecting value: line 3"),
+        ("a,b\n1,2", "line 1 of .*rows.json is no JSON"),
+        ("[]", "rows.json"),
+        (LINES[0].replace("A", "\udce9"), "rows.json is no JSON: 'utf-8' codec can't decode byte"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_is_no_json_is_refused(tmp_path, content, message, streaming):
+    (tmp_path / "rows.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        if streaming:
+            load_streams(DataArguments([str(tmp_path / "rows.json")], streaming=True))
+        else:
+            load_conversations(str(tmp_path / "rows.json"), "train")
 
 
 def test_parquet_embeds_images_and_json_names_them(media, tmp_path):
@@ -262,9 +369,6 @@ def test_names_that_lead_to_no_conversations_are_refused(tmp_path):
     other = write(tmp_path, "other.jsonl", [{"question": "a", "answer": "b"}])
     with pytest.raises(UserError, match="other.jsonl: no known form has its columns, question, answer"):
         load_conversations(other, "train")
-    both = write(tmp_path, "both.jsonl", [{"image": "a", "images": ["a"], "prompt": "b", "completion": "c"}])
-    with pytest.raises(UserError, match="both `images` and `image`"):
-        load_conversations(both, "train")
     with pytest.raises(UserError, match="Cannot load split `test`"):
         load_conversations(other, "test")
     with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
@@ -544,7 +648,11 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, mo
     monkeypatch.setattr(train, "load_model", fail)
     names = [write(media, "problems.jsonl", problem_rows()), write(media, "more.jsonl", rows_of(8))]
     flags = ["--model_name_or_path", str(BACKBONE), "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    train.main([*flags, "--dataset_name", *names, "--max_length", "100", "--dry_run", "true"])
+    dry_run = [*flags, "--dataset_name", *names, "--max_length", "100", "--dry_run", "true"]
+    (tmp_path / "skipped_rows.jsonl").write_text("of a run before")
+    with pytest.raises(UserError, match=r"A training would stop here: 7 of 9 rows of .*dry_run.json names them all"):
+        train.main(dry_run)
+    assert (tmp_path / "skipped_rows.jsonl").read_text() == "of a run before"
     report = json.loads((tmp_path / "dry_run.json").read_text())
     assert [(source["rows"], source["refused"], source["epoch_rows"]) for source in report["sources"]] == [
         (9, 7, 2),
@@ -554,9 +662,37 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, mo
     assert report["quantiles"]["half"]["length"] == 32 and report["quantiles"]["most"]["visual_tokens"] == 48
     assert {row["row"] for row in report["refused"]} == set(PROBLEMS)
     output = capsys.readouterr().out
-    assert "A training would stop here: 7 of 9 rows of" in output and "refused rows" in output
+    assert "refused rows" in output and f"Written: {tmp_path}/dry_run.json" in output and "would go on" not in output
+    train.main([*dry_run, "--max_skipped", "0.8"])
+    assert "A training would go on from here." in capsys.readouterr().out
     with pytest.raises(AssertionError, match="a model was loaded"):  # what the dry run wrote is in nobody's way
         train.main([*flags, "--dataset_name", names[1]])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path, num_workers):
+    rows = rows_of(4)
+    (media / "gone.png").write_bytes((media / "0.png").read_bytes())
+    name = write(media, "gone.jsonl", [*rows[:2], {**rows[2], "images": ["gone.png"]}])
+
+    def run(folder: str, *flags: str) -> None:
+        train.main(
+            ["--model_name_or_path", str(BACKBONE), "--pvm_hidden_size", "32", "--dataset_name", name, "--use_cpu",
+             "true", "--output_dir", str(tmp_path / folder), "--dataloader_num_workers", str(num_workers),
+             "--max_skipped", "0.5", "--disable_tqdm", "true", *flags]
+        )  # fmt: skip
+
+    run("checked", "--dry_run", "true")
+    (media / "gone.png").unlink()
+    with pytest.raises(UserError) as error:
+        run("run")
+    assert str(error.value) == (
+        f"{name}, row 2: the image {media}/gone.png does not exist. It could be used when it was checked: if files "
+        "have changed, check again with --overwrite_cache true."
+    )
+    (tmp_path / "run").rename(tmp_path / "failed")
+    run("run", "--overwrite_cache", "true")
+    assert skipped(tmp_path / "run") == {2: f"the image {media}/gone.png does not exist."}
 
 
 # Streams
@@ -595,37 +731,88 @@ def test_a_stream_is_watched_before_its_end(processor, media, tmp_path, monkeypa
     name = write(media, "problems.jsonl", problem_rows())
     with pytest.raises(UserError, match="3 of the first 4 rows"):
         take(stream([name], processor, tmp_path, max_length=100), 2)
+
+
+def test_a_stream_needs_an_image_in_its_first_rows(processor, media, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "WATCH_AFTER", 4)
     text_only = write(media, "text.jsonl", rows_of(9, images=False))
-    with pytest.raises(UserError, match="None of the first 4 rows of .* has an image or a video"):
-        take(stream([text_only], processor, tmp_path), 9)
+    with pytest.raises(UserError, match="None of the first 4 rows of .*text.jsonl has an image or a video"):
+        stream([text_only], processor, tmp_path)
+    mixed = write(media, "mixed.jsonl", rows_of(3, images=False) + rows_of(1) + rows_of(5, images=False))
+    # One reader's share has no image.
+    assert len(take(stream([text_only, mixed], processor, tmp_path, dataset_weights=[1, 1]), 9)) == 9
 
 
-def test_ranks_and_workers_share_a_stream(processor, media, tmp_path):
-    write(tmp_path, "a-train.jsonl", rows_of(6, images=False))
-    write(tmp_path, "b-train.jsonl", rows_of(6, images=False))
+def rows_read(arguments: DataArguments, reader: int, readers: int, seed: int = 0) -> list[str]:
+    records = read_streams(load_streams(arguments), arguments, seed, reader, readers)
+    return [f"{record['dataset'][-6:]} {record['messages'][1]['content'][0]['text']}" for record in records]
+
+
+def test_readers_share_files_if_there_are_enough_and_else_rows(tmp_path):
+    rows = rows_of(10, images=False)
+    for name, part in (("a-train", rows[:7]), ("b-train", rows[7:])):
+        write(tmp_path, f"{name}.jsonl", part)
     arguments = DataArguments([str(tmp_path)], streaming=True, shuffle_buffer_size=1)
-    answers = [
-        [row["messages"][1]["content"][0]["text"] for row in load_stream(arguments, 0, rank, 2)] for rank in range(2)
-    ]
-    assert [sorted(mine) for mine in answers] == [[str(index) for index in range(6)]] * 2
+    shares = [[read.split()[-1] for read in rows_read(arguments, reader, 2)] for reader in range(2)]
+    assert shares == [list("0123456"), list("789")]
+    shares = [[read.split()[-1] for read in rows_read(arguments, reader, 3)] for reader in range(3)]
+    assert shares == [list("0369"), list("147"), list("258")]
+    first = DataArguments([str(tmp_path)], streaming=True, shuffle_buffer_size=1, max_samples=[4])
+    shares = [[read.split()[-1] for read in rows_read(first, reader, 2)] for reader in range(2)]
+    assert shares == [list("02"), list("13")]
+    (tmp_path / "b-train.jsonl").write_text("\n")  # a file of no rows leaves no reader without
+    shares = [[read.split()[-1] for read in rows_read(arguments, reader, 2)] for reader in range(2)]
+    assert shares == [list("0123456"), list("135")]
 
-    one_file = DataArguments([write(media, "ten.jsonl", rows_of(10))], streaming=True, shuffle_buffer_size=1)
-    shares = [[row["row"] for row in load_stream(one_file, 0, rank, 2)] for rank in range(2)]
-    assert shares == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
 
-    dataset = ConversationStream(load_stream(arguments, 0), ConversationEncoder(processor), arguments, tmp_path)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
-    digits = [processor.tokenizer.decode(example["labels"][-3:-2]) for example, _ in zip(loader, range(12))]
-    assert sorted(digits) == sorted(2 * [str(index) for index in range(6)])
+def test_a_pass_of_all_readers_is_the_data_set_in_another_order_each(tmp_path):
+    """Data sets with files enough and without, in one mixture."""
+    names = []
+    for number, files in enumerate((5, 2)):
+        (tmp_path / f"set {number}").mkdir()
+        names.append(str(tmp_path / f"set {number}"))
+        for file in range(files):
+            turns = [[user("?"), assistant(f"{number}{file}{row}")] for row in range(10)]
+            write(tmp_path / f"set {number}", f"{file}-train.jsonl", [{"messages": messages} for messages in turns])
+    flags = {"dataset_weights": [5, 2], "streaming": True, "shuffle_buffer_size": 20}
+    arguments = DataArguments(names, stopping_strategy="all_exhausted", **flags)
+    passes = [[rows_read(arguments, reader, 3, seed) for reader in range(3)] for seed in range(2)]
+    for shares in passes:
+        assert len(set().union(*shares)) == 70 and sum(len(set(share)) for share in shares) == 70
+    assert passes[0] != passes[1] and passes[0] == [rows_read(arguments, reader, 3) for reader in range(3)]
+
+
+@pytest.mark.parametrize("files", [1, 2, 5])
+def test_no_worker_of_any_rank_runs_out(processor, tmp_path, files):
+    for file in range(files):
+        write(tmp_path, f"{file}-train.jsonl", rows_of(10, images=False)[file::files])
+    arguments = DataArguments([str(tmp_path)], streaming=True)
+    for rank in range(2):
+        dataset = ConversationStream(
+            load_streams(arguments), ConversationEncoder(processor), arguments, tmp_path, 0, rank, world_size=2
+        )
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+        digits = [processor.tokenizer.decode(example["labels"][-3:-2]) for example, _ in zip(loader, range(60))]
+        assert len(digits) == 60
+        if files != 5:  # rows in turn: reader r of 4 has those whose number leaves r
+            assert len(set(digits)) == (6 if rank == 0 else 4)
+
+
+def test_a_stream_with_fewer_rows_than_readers_is_refused(processor, media, tmp_path):
+    arguments = DataArguments([write(media, "three.jsonl", rows_of(3))], streaming=True)
+    with pytest.raises(UserError, match="three.jsonl has 3 rows for 4 readers, the processes and their --dataloader"):
+        load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=4)
+    assert len(take(load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=3), 9)) == 9
 
 
 def test_a_stream_of_several_is_mixed_by_weight(media, tmp_path):
     names = [write(media, "many.jsonl", rows_of(300)), write(media, "few.json", [FORMS["llava"]] * 100)]
     arguments = DataArguments(names, dataset_weights=[0.8, 0.2], streaming=True, max_samples=[250, 100])
-    rows = [(row["dataset"], row["row"]) for row in load_stream(arguments, seed=0)]
+    streams = load_streams(arguments)
+    rows = [(record["dataset"], record["row"]) for record in read_streams(streams, arguments, seed=0)]
     share = sum(name == names[0] for name, _ in rows) / len(rows)
     assert share == pytest.approx(0.8, abs=0.06) and len(set(rows)) == len(rows) > 200
-    assert rows == [(row["dataset"], row["row"]) for row in load_stream(arguments, seed=0)]
+    assert rows == [(record["dataset"], record["row"]) for record in read_streams(streams, arguments, seed=0)]
 
 
 def test_a_stream_needs_a_number_of_steps(processor, media, tmp_path):

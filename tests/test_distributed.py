@@ -4,6 +4,7 @@ Two processes with gloo, launched with the accelerate configs that ship: what th
 The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -126,3 +127,25 @@ def test_a_finished_run_of_two_processes_is_only_saved(base, conversations, tmp_
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_two_processes_on_one_stream(base, conversations, tmp_path):
+    """Two files, one of them without a row: neither a rank nor one of its workers runs out."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "1-train.jsonl").write_text("\n")
+    for workers in ("0", "2"):
+        flags = ("--streaming", "true", "--dataloader_num_workers", workers, "--max_steps", "20")
+        process = launch("ddp", base, tmp_path / "data", tmp_path / workers, *FLAGS, *METHODS["pvm"], *flags)
+        assert "Everything frozen is as it was" in finish(process)
+        assert len(losses(tmp_path / workers)) == 20
+
+
+def test_two_processes_refuse_a_stream_alike(base, conversations, tmp_path):
+    flags = ("--streaming", "true", "--dataloader_num_workers", "7")
+    process = launch("ddp", base, conversations, tmp_path / "run", *FLAGS, *METHODS["pvm"], *flags)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and output.count("train.py: error:") == 2
+    assert output.count("data.jsonl has 12 rows for 14 readers") == 2
