@@ -640,9 +640,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         """
         hub_names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "use_safetensors": True}
+        model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         _check_gates(model, pretrained_model_name_or_path)
         if model.config.peft_adapter is not None:
             subfolder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
