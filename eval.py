@@ -35,6 +35,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from pvm.answers import MATCHES
 from pvm.arguments import parse_arguments
 from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, processor_state
 from pvm.data import ConversationCollator, ConversationDataset
@@ -42,10 +43,9 @@ from pvm.errors import UserError
 from pvm.formats import message_text
 from pvm.methods import public_name
 from pvm.metrics import (
+    Accuracy,
     AccuracyByDepth,
     AccuracyByDistance,
-    ExactMatch,
-    is_exact_match,
     paired_difference,
     score_pieces,
 )
@@ -84,6 +84,15 @@ class EvalArguments:
     )
     group_by: str | None = field(
         default=None, metadata={"help": "Column, e.g. of task names, whose values are reported apart."}
+    )
+    match: str = field(
+        default="exact",
+        metadata={
+            "help": "When an answer is right: it is the reference's text, whatever its case and spaces (`exact`), "
+            "chooses its option (`choice`: B, (B), The answer is B), ends with its number (`number`), or is the same "
+            "mathematical object in LaTeX or plain (`math`, needs math-verify).",
+            "choices": tuple(MATCHES),
+        },
     )
     scored_pattern: str = field(
         default=r"\S+",
@@ -182,6 +191,18 @@ def read_questions(conversations: Conversations, group_by: str | None, pattern: 
     return questions
 
 
+def check_references(questions: Sequence[Question], arguments: EvalArguments) -> None:
+    """
+    Raises:
+        UserError: naming the row, if a reference is not of the kind that answers are compared with.
+    """
+    for question in questions:
+        try:
+            MATCHES[arguments.match]("", question.reference)
+        except UserError as error:
+            raise UserError(f"{arguments.dataset_name}, row {question.row}: {error}") from error
+
+
 def answer_limit(reference: str, tokenizer) -> int:
     """
     Tokens that an answer to compare with `reference` may have. A power of two, so that few kinds of batch arise and no
@@ -230,20 +251,22 @@ def answer(
     return answers, cut
 
 
-def make_records(questions: Sequence[Question], answers: Sequence[str], cut: Sequence[bool]) -> list[dict[str, Any]]:
+def make_records(
+    questions: Sequence[Question], answers: Sequence[str], cut: Sequence[bool], match: str = "exact"
+) -> list[dict[str, Any]]:
     """The lines of predictions_<name>.jsonl."""
     return [
         {
             **asdict(question),
             "prediction": prediction,
-            "correct": is_exact_match(prediction, question.reference),
+            "correct": MATCHES[match](prediction, question.reference),
             "cut": was_cut,
         }
         for question, prediction, was_cut in zip(questions, answers, cut)
     ]
 
 
-def score(records: Sequence[dict[str, Any]], pattern: str) -> dict[str, Any]:
+def score(records: Sequence[dict[str, Any]], pattern: str, match: str = "exact") -> dict[str, Any]:
     """All metrics of one model's records."""
     texts = {
         "predictions": [record["prediction"] for record in records],
@@ -251,8 +274,8 @@ def score(records: Sequence[dict[str, Any]], pattern: str) -> dict[str, Any]:
     }
     distances, depths = [record["distance"] for record in records], [record["depths"] for record in records]
     return {
-        "exact_match": ExactMatch(keep_in_memory=True).compute(**texts),
-        "by_distance": AccuracyByDistance(keep_in_memory=True).compute(**texts, distances=distances),
+        "accuracy": Accuracy(keep_in_memory=True).compute(**texts, match=match),
+        "by_distance": AccuracyByDistance(keep_in_memory=True).compute(**texts, distances=distances, match=match),
         "by_depth": AccuracyByDepth(keep_in_memory=True).compute(**texts, depths=depths, scored_pattern=pattern),
     }
 
@@ -289,20 +312,20 @@ def compare(
     }
 
 
-def score_all(records: dict[str, list[dict[str, Any]]], pattern: str) -> dict[str, Any]:
+def score_all(records: dict[str, list[dict[str, Any]]], pattern: str, match: str = "exact") -> dict[str, Any]:
     """
     The measured part of the report, from nothing but the records of each model: `overall`, `groups` and `comparisons`
     with the first model.
     """
     first, *others = records
     report: dict[str, Any] = {
-        "overall": {name: score(lines, pattern)["exact_match"] for name, lines in records.items()},
+        "overall": {name: score(lines, pattern, match)["accuracy"] for name, lines in records.items()},
         "groups": {},
         "comparisons": {},
     }
     for group in dict.fromkeys(record["group"] for record in records[first]):
         mine = {name: [line for line in lines if line["group"] == group] for name, lines in records.items()}
-        scores = {name: score(lines, pattern) for name, lines in mine.items()}
+        scores = {name: score(lines, pattern, match) for name, lines in mine.items()}
         bins = scores[first]["by_distance"]["bins"]
         report["groups"][group] = scores
         report["comparisons"][group] = {name: compare(mine[first], mine[name], bins, pattern) for name in others}
@@ -407,6 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
             questions = read_questions(conversations, args.group_by, args.scored_pattern, tokenizer)
             for question, distance in zip(questions, prompts.distances):
                 question.distance = distance
+            check_references(questions, args)
         limits = [args.max_new_tokens or answer_limit(question.reference, tokenizer) for question in questions]
 
         start = time.perf_counter()
@@ -421,7 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "seconds": round(time.perf_counter() - start, 1),
             }
         )
-        records[name] = make_records(questions, answers, cut)
+        records[name] = make_records(questions, answers, cut, args.match)
         with open(output_dir / f"predictions_{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[name])
         del checkpoint
@@ -435,7 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
             **{package: version(package) for package in ("torch", "transformers", "peft", "datasets", "evaluate")},
         },
         "models": models,
-        **score_all(records, args.scored_pattern),
+        **score_all(records, args.scored_pattern, args.match),
     }
     (output_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (output_dir / "report.md").write_text(markdown_report(report), encoding="utf-8")

@@ -245,8 +245,8 @@ def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
             dataset_type=report["dataset"]["name"],
             dataset_name=report["dataset"]["name"],
             dataset_split=report["arguments"]["dataset_split"],
-            metric_type="exact_match",
-            metric_name=f"exact match, n = {result['n']:,}, 95 % interval "
+            metric_type="exact_match" if report["arguments"]["match"] == "exact" else "accuracy",
+            metric_name=f"{report['arguments']['match']} match, n = {result['n']:,}, 95 % interval "
             f"{result['interval'][0]:.3f} to {result['interval'][1]:.3f}",
             metric_value=round(result["accuracy"], 4),
         )

@@ -1,5 +1,5 @@
 """
-What eval.py counts: exact matches, by the distance of the image and by the depth in the answer.
+What eval.py counts: right answers, by the distance of the image and by the depth in the answer.
 
 The metrics are `evaluate.Metric`s that need no network. A result is a proportion: `{"n", "correct", "accuracy",
 "interval"}`, where `interval` is Wilson's 95 % interval; a bin of an axis adds `low`, `high` (both included), `mean`.
@@ -14,6 +14,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .answers import MATCHES
+
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 BOOTSTRAP_SAMPLES = 2000
@@ -22,16 +24,6 @@ BOOTSTRAP_SAMPLES = 2000
 # bin each; those of found data spread, and get powers of two.
 CLUSTER_GAP, CLUSTER_WIDTH, MAX_CLUSTERS = 8, 16, 12
 MAX_DEPTHS, DEPTH_BINS = 20, 10
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
-    return " ".join(text.casefold().split()).removesuffix(".")
-
-
-def is_exact_match(prediction: str, reference: str) -> bool:
-    """Whether the two are the same after [`normalise`]."""
-    return normalise(prediction) == normalise(reference)
 
 
 def score_pieces(prediction: str, reference: str, pattern: str) -> list[bool]:
@@ -146,30 +138,36 @@ def _info(description: str, **features: Any) -> evaluate.MetricInfo:
     )
 
 
-class ExactMatch(evaluate.Metric):
-    """How many answers are, normalised, the reference."""
+class Accuracy(evaluate.Metric):
+    """How many answers are right. `match` says when one is: "exact", "choice", "number" or "math"; see answers.py."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("Share of answers that are, normalised, the reference.")
+        return _info("Share of answers that are the reference's text, option, number or mathematical object.")
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-        return proportion([is_exact_match(*pair) for pair in zip(predictions, references)])
+    def _compute(self, predictions: list[str], references: list[str], match: str = "exact") -> dict[str, Any]:
+        return proportion([MATCHES[match](*pair) for pair in zip(predictions, references)])
 
 
 class AccuracyByDistance(evaluate.Metric):
     """
-    Exact matches by `distances`, the number of tokens between the last visual token and the answer; `None` for a row
-    without any image. The result has `bins`, and `without_image` for those rows.
+    Right answers by `distances`, the number of tokens between the last visual token and the answer; `None` for a row
+    without any image. The result has `bins`, and `without_image` for those rows. `match` is as in [`Accuracy`].
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(
-            "Exact matches by distance; distances: tokens from image to answer, or None.",
+            "Right answers by distance; distances: tokens from image to answer, or None.",
             distances=datasets.Value("int64"),
         )
 
-    def _compute(self, predictions: list[str], references: list[str], distances: list[int | None]) -> dict[str, Any]:
-        outcomes = [is_exact_match(*pair) for pair in zip(predictions, references)]
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        distances: list[int | None],
+        match: str = "exact",
+    ) -> dict[str, Any]:
+        outcomes = [MATCHES[match](*pair) for pair in zip(predictions, references)]
         seen = [k for k, distance in enumerate(distances) if distance is not None]
         return {
             "bins": by_bin([distances[k] for k in seen], [outcomes[k] for k in seen], distance_bins),

@@ -9,6 +9,14 @@ from rich.table import Table as RichTable
 from .plots import bin_label
 
 
+CORRECT = {
+    "exact": "the answer is the reference answer, whatever its case, spaces and final full stop",
+    "choice": "the answer chooses the option that the reference is; one that chooses none or several is wrong",
+    "number": "the number that the answer ends with is the reference's, to a ten-thousandth of it",
+    "math": "the answer is the reference's mathematical object, as math-verify sees it",
+}
+
+
 @dataclass
 class Table:
     """A title, column headings, and rows of texts."""
@@ -51,7 +59,7 @@ def overall_table(report: dict[str, Any]) -> Table:
     results = {"all": report["overall"]}
     if len(report["groups"]) > 1:
         by_group = {
-            group: {name: scores[name]["exact_match"] for name in names} for group, scores in report["groups"].items()
+            group: {name: scores[name]["accuracy"] for name in names} for group, scores in report["groups"].items()
         }
         results = {**by_group, **results}
     rows = [
@@ -214,7 +222,7 @@ def _bullets(lines: list[str]) -> str:
 def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool) -> str:
     """One paragraph for each kind of number that the report has."""
     parts = [
-        "**Correct**: the answer is the reference answer, whatever its case, spaces and final full stop. Each entry "
+        f"**Correct**: {CORRECT[report['arguments']['match']]}. Each entry "
         "is the share of correct ones among n, and in brackets its 95% confidence interval (Wilson's)."
     ]
     if has_distances:

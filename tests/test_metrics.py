@@ -2,13 +2,14 @@
 
 import pytest
 
+from pvm.answers import MATCHES, chosen_option, is_exact_match, is_same_math, is_same_number, is_same_option
+from pvm.errors import UserError
 from pvm.metrics import (
+    Accuracy,
     AccuracyByDepth,
     AccuracyByDistance,
-    ExactMatch,
     depth_bins,
     distance_bins,
-    is_exact_match,
     paired_difference,
     score_pieces,
     wilson_interval,
@@ -36,7 +37,7 @@ def test_wilson_interval_refuses_what_is_no_proportion(correct, n):
 def test_exact_match_ignores_case_spaces_and_the_final_stop():
     assert is_exact_match(" A  Red\ncar. ", "a red car")
     assert not is_exact_match("a red car", "a redcar")
-    result = ExactMatch(keep_in_memory=True).compute(
+    result = Accuracy(keep_in_memory=True).compute(
         predictions=["7", "8", "", "the cat"], references=["7", "7", "7", "The cat."]
     )
     assert result == {"n": 4, "correct": 2, "accuracy": 0.5, "interval": list(wilson_interval(2, 4))}
@@ -111,3 +112,63 @@ def test_paired_difference_resamples_rows_not_pieces():
     assert paired_difference(*pieces)["interval"] == paired_difference(*rows)["interval"]
     with pytest.raises(ValueError, match="same rows"):
         paired_difference(pieces[0], rows[1])
+
+
+# When an answer is right
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        *(("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B: a cat", "B"), ("Option C", "C")),
+        *(("The answer is (B), because A is wrong.", "B"), ("**Answer:** D", "D"), ("Answer: B. a dog", "B")),
+        *((r"So it is \boxed{\text{C}}.", "C"), ("The answer is A. No, the final answer is D.", "D")),
+        *(("A cat sits on the mat", None), ("I think (A) or (C)", None), ("none", None), ("", None)),
+    ],
+)
+def test_the_option_that_is_chosen(text, option):
+    assert chosen_option(text) == option
+    assert is_same_option(text, f"({option or 'A'}) something") == (option is not None)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "right"),
+    [
+        *(("7", "7", True), ("It is 1,234.5 in all", "1234.5", True), ("3/4", "0.75", True), ("75%", "0.75", True)),
+        *((r"\boxed{75\%}", "3/4", True), ("x = -2.50", "-2.5", True), ("1e3", "1000", True), ("3", "4", False)),
+        *(("between 3 and 4", "4", True), ("", "4", False), ("3.1416", "3.14159265", True), ("3.14", "3.1416", False)),
+        *(("2 of 3 are 5", "5", True), ("about 5 (not 6)", "5", False), ("0", "0.0", True), ("1/0", "0", True)),
+    ],
+)
+def test_the_same_number(prediction, reference, right):
+    assert is_same_number(prediction, reference) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "right"),
+    [
+        *((r"\boxed{\frac{1}{2}}", "0.5", True), ("$x^2+2x+1$", "(x+1)^2", True), ("5", "6", False), ("", "6", False)),
+        *((r"The answer is $\sqrt{2}/2$", r"\frac{1}{\sqrt{2}}", True), (r"$\{1,2\}$", r"\{2,1\}", True)),
+    ],
+)
+def test_the_same_mathematical_object(prediction, reference, right):
+    assert is_same_math(prediction, reference) == right
+
+
+def test_references_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="is no option like B"):
+        is_same_option("B", "a cat")
+    with pytest.raises(UserError, match="has no number in it"):
+        is_same_number("7", "seven")
+
+
+def test_accuracy_by_every_kind_of_match():
+    predictions, references = ["The answer is B.", "C"], ["B", "B"]
+    for match, correct in (("exact", 0), ("choice", 1)):
+        result = Accuracy(keep_in_memory=True).compute(predictions=predictions, references=references, match=match)
+        assert (result["correct"], result["n"]) == (correct, 2)
+    result = AccuracyByDistance(keep_in_memory=True).compute(
+        predictions=predictions, references=references, distances=[3, None], match="choice"
+    )
+    assert result["bins"][0]["correct"] == 1 and result["without_image"]["correct"] == 0
+    assert set(MATCHES) == {"exact", "choice", "number", "math"}
