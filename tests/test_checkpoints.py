@@ -312,6 +312,21 @@ def test_off_in_generate(trained, stock):
     assert torch.equal(trained.generate(**BATCH, **options), on), "it must not be remembered"
 
 
+def test_some_layers_alone(trained, stock):
+    """`use_pvm=[1]` is the model whose other gates are 0."""
+    alone = Qwen3VLPVMForConditionalGeneration.from_pretrained(stock, config=trained.config.__class__.from_stock(
+        tiny.stock_config(), pvm_layers=[1, 2], pvm_hidden_size=32))  # fmt: skip
+    alone.load_state_dict(trained.state_dict())
+    alone.model.language_model.layers[2].pvm_block.gate_alpha.data.zero_()
+    expected = logits(alone, BATCH)
+    assert torch.equal(logits(trained, BATCH, use_pvm=[1]), expected)
+    assert not torch.equal(logits(trained, BATCH), expected)
+    assert torch.equal(logits(trained, BATCH, use_pvm=(1, 2)), logits(trained, BATCH))
+    assert torch.equal(logits(trained, BATCH, use_pvm=[]), logits(trained, BATCH, use_pvm=False))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(trained.generate(**BATCH, **options, use_pvm=[1]), alone.generate(**BATCH, **options))
+
+
 @torch.no_grad()
 def test_off_and_on_again_on_one_cache(trained):
     """What is seen while the branches are off is there when they are on."""
