@@ -41,6 +41,7 @@ from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, proces
 from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.formats import message_text
+from pvm.knockouts import KNOCK_OUTS, SPLIT, ChangedImages, KnockOut, generate_split, knock_outs
 from pvm.methods import public_name
 from pvm.metrics import (
     Accuracy,
@@ -84,6 +85,15 @@ class EvalArguments:
     )
     group_by: str | None = field(
         default=None, metadata={"help": "Column, e.g. of task names, whose values are reported apart."}
+    )
+    knock_outs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to take from each model, beside the intact one, to see what its answers rest on: "
+            + "; ".join(f"`{kind}`, {what}" for kind, what in KNOCK_OUTS.items())
+            + ".",
+            "choices": tuple(KNOCK_OUTS),
+        },
     )
     match: str = field(
         default="exact",
@@ -212,11 +222,11 @@ def answer_limit(reference: str, tokenizer) -> int:
     return 2 ** (tokens + ANSWER_MARGIN - 1).bit_length()
 
 
-def make_batches(lengths: Sequence[int], limits: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of rows with equal limits and like lengths. The longest come first: memory fails at once or never."""
+def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) -> list[list[int]]:
+    """Indices of rows of equal kind and like lengths. The longest come first: memory fails at once or never."""
     batches = []
-    for limit in sorted(set(limits), reverse=True):
-        rows = [index for index in range(len(lengths)) if limits[index] == limit]
+    for kind in sorted(set(kinds), reverse=True):
+        rows = [index for index in range(len(lengths)) if kinds[index] == kind]
         rows.sort(key=lambda index: lengths[index], reverse=True)
         batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return batches
@@ -224,25 +234,46 @@ def make_batches(lengths: Sequence[int], limits: Sequence[int], batch_size: int)
 
 @torch.inference_mode()
 def answer(
-    checkpoint: Checkpoint, prompts: Prompts, limits: Sequence[int], batch_size: int, name: str
+    checkpoint: Checkpoint,
+    prompts: Prompts,
+    limits: Sequence[int],
+    batch_size: int,
+    name: str,
+    knock_out: KnockOut | None = None,
+    others: Prompts | None = None,
 ) -> tuple[list[str], list[bool]]:
     """
     Greedy answers of a model to all prompts.
+
+    Args:
+        knock_out (`KnockOut`, *optional*): what is taken from the model.
+        others (`Prompts`, *optional*): the same prompts with images of other rows, where it needs them.
 
     Returns:
         The texts, and for each whether it was cut off at its limit.
     """
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
+    knock_out = knock_out or KnockOut()
     collator = ConversationCollator(tokenizer.pad_token_id, padding_side="left")
     ends = torch.tensor(model.generation_config.eos_token_id)
+    # Prompts in two parts are parted at the same place. Those without an image lack nothing.
+    parted = [None if knock_out.kind not in SPLIT else distance for distance in prompts.distances]
+    kinds = [(limit, distance or 0) for limit, distance in zip(limits, parted)]
+
+    def inputs(made: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {key: value.to(model.device) for key, value in collator([made[row] for row in rows]).items()}
 
     answers, cut = [""] * len(limits), [False] * len(limits)
     with tqdm(total=len(limits), desc=name, unit="row") as bar:
-        for rows in make_batches(prompts.lengths, limits, batch_size):
-            batch = {key: value.to(model.device) for key, value in collator([prompts[row] for row in rows]).items()}
-            limit = limits[rows[0]]
-            generated = model.generate(**batch, max_new_tokens=limit)
-            generated = generated[:, batch["input_ids"].shape[1] :].cpu()
+        for rows in make_batches(prompts.lengths, kinds, batch_size):
+            batch, (limit, distance) = inputs(prompts, rows), kinds[rows[0]]
+            if distance:
+                other = inputs(others, rows)
+                generated = generate_split(model, batch, other, distance, knock_out, limit, ends).cpu()
+            else:
+                switch = {} if knock_out.use_pvm is True else {"use_pvm": knock_out.use_pvm}
+                generated = model.generate(**batch, max_new_tokens=limit, **switch)
+                generated = generated[:, batch["input_ids"].shape[1] :].cpu()
             ended = torch.isin(generated, ends).any(dim=1).tolist()
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
             for row, text, has_ended in zip(rows, texts, ended):
@@ -432,22 +463,30 @@ def main(arguments: list[str] | None = None) -> None:
                 question.distance = distance
             check_references(questions, args)
         limits = [args.max_new_tokens or answer_limit(question.reference, tokenizer) for question in questions]
-
-        start = time.perf_counter()
-        answers, cut = answer(checkpoint, prompts, limits, args.batch_size, name)
         description = checkpoint.description
-        models.append(
-            {
-                "name": name,
-                **asdict(description),
-                "gates_on": description.gates_on,
-                "answers_cut": sum(cut),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-        )
-        records[name] = make_records(questions, answers, cut, args.match)
-        with open(output_dir / f"predictions_{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[name])
+        layers = [int(layer) for layer in description.gates] if description.kind == "pvm" else []
+        for knock_out in knock_outs(args.knock_outs, layers):
+            made, others = prompts, None
+            if knock_out.kind in ("blank_image", "another_image"):
+                changed = ChangedImages(conversations, blank=knock_out.kind == "blank_image")
+                made = Prompts(changed, checkpoint.processor)
+            elif knock_out.kind in SPLIT:
+                others = Prompts(ChangedImages(conversations, blank=False), checkpoint.processor)
+            start, called = time.perf_counter(), f"{name}{knock_out.name}"
+            answers, cut = answer(checkpoint, made, limits, args.batch_size, called, knock_out, others)
+            models.append(
+                {
+                    **asdict(description),
+                    "name": called,
+                    "knock_out": knock_out.kind,
+                    "gates_on": description.gates_on,
+                    "answers_cut": sum(cut),
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
+            )
+            records[called] = make_records(questions, answers, cut, args.match)
+            with open(output_dir / f"predictions_{called}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[called])
         del checkpoint
 
     report = {

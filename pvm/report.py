@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+from .knockouts import KNOCK_OUTS
 from .plots import bin_label
 
 
@@ -181,14 +182,16 @@ def markdown_report(report: dict[str, Any]) -> str:
     distances = list(_group_tables(report, distance_table))
     depths = list(_group_tables(report, depth_table))
     differences = list(_group_tables(report, difference_table))
+    intact = [model["name"] for model in report["models"] if model["knock_out"] == "nothing"]
     parts = [
-        f"# {', '.join(names)} on {arguments['dataset_name']}",
+        f"# {', '.join(intact)} on {arguments['dataset_name']}",
         f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} {report['rows']:,} questions "
         f"(split `{arguments['dataset_split']}`), always with the most likely next token.",
         "![Accuracy by distance and by depth](report.png)",
         "## How to read this",
         reading_guide(report, bool(distances), bool(depths)),
         *([_bullets(remarks(report))] if remarks(report) else []),
+        *knock_out_guide(report),
         "## Correct answers",
         overall_table(report).markdown(),
     ]
@@ -249,6 +252,19 @@ def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool)
                 "each other, so the intervals are narrower than they should be."
             )
     return "\n\n".join(parts)
+
+
+def knock_out_guide(report: dict[str, Any]) -> list[str]:
+    """What was taken from models, if anything was."""
+    kinds = [kind for kind in KNOCK_OUTS if kind in {model["knock_out"] for model in report["models"]}]
+    if not kinds:
+        return []
+    return [
+        "## What was taken away",
+        "The same checkpoint answers the same questions with something missing. What it then gets wrong, it had from "
+        "there; what it still gets right, it had not.",
+        _bullets([f"**{kind.replace('_', ' ')}**: {KNOCK_OUTS[kind]}." for kind in kinds]),
+    ]
 
 
 def difference_guide(first: str) -> str:
