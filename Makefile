@@ -1,5 +1,6 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make test      run the tests
+# make controls  the demo beside branches that read no image, and what PVM's answers rest on: ten minutes more
 # make seeds     the demo's comparison at further seeds (SEEDS="1 2"): about three times as long
 # make style     format the code;   make quality: check it
 # make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
@@ -11,9 +12,9 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 # The demo's models are so small that a second thread costs more than it brings.
-demo seeds backbone test: export OMP_NUM_THREADS ?= 1
+demo controls seeds backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-demo seeds backbone test: export HF_HUB_OFFLINE ?= 1
+demo controls seeds backbone test: export HF_HUB_OFFLINE ?= 1
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
@@ -23,12 +24,18 @@ seed_models = assets/digits-backbone $(foreach s,0 $(SEEDS),runs/digits_pvm$(if 
 	runs/digits_lora$(if $(filter-out 0,$(s)),_seed$(s)))
 seed_names = base $(foreach s,0 $(SEEDS),PVM-$(s) LoRA-$(s))
 
-.PHONY: demo seeds test style quality backbone benchmarks
+.PHONY: demo controls seeds test style quality backbone benchmarks
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
 	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.pvm.safetensors
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
+
+controls: demo runs/digits_mlp/model.pvm.safetensors
+	$(RUN) eval.py --config recipes/digits_eval.yaml --model assets/digits-backbone runs/digits_pvm runs/digits_mlp \
+		runs/digits_lora --names base PVM MLP LoRA --output_dir runs/digits_controls --overwrite true
+	$(RUN) eval.py --config recipes/digits_eval.yaml --model runs/digits_pvm --names PVM --output_dir runs/digits_knock_outs \
+		--knock_outs branch_off another_memory hidden_image blind another_image --overwrite true
 
 seeds: demo
 	$(MAKE) -j2 $(foreach s,$(SEEDS),runs/digits_lora_seed$(s)/adapter_model.safetensors \
@@ -78,6 +85,9 @@ data/digits-backbone/test.parquet:
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))
+
+runs/digits_mlp/model.pvm.safetensors:
+	$(RUN) train.py --config recipes/digits_pvm.yaml --method mlp --output_dir $(@D) $(call resume,$(@D))
 
 runs/digits_pvm_seed%/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml --seed $* --output_dir $(@D) $(call resume,$(@D))

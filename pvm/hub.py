@@ -19,7 +19,7 @@ HUB_FILES = (
     *("*processor_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template*"),
 )
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*adapter_config.json")
 
 
 def checkpoint_files(folder: Path) -> list[str]:
@@ -42,13 +42,17 @@ def push(
     Args:
         folder (`Path`): of the checkpoint.
         repo_id (`str`): of the model on the Hub; it exists.
+        revision (`str`, *optional*): the branch, made if there is none of that name.
 
     Raises:
         UserError: if a file would tell a path of this machine.
     """
     names = checkpoint_files(folder)
     _refuse_paths(folder, names)
-    return HfApi(token=token).upload_folder(
+    api = HfApi(token=token)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=names,
