@@ -16,6 +16,7 @@ rotary positions (M-RoPE) of the text after them, which the stock model keeps on
 import copy
 import functools
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -404,7 +405,7 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
         visual_embeds: torch.Tensor | None = None,
         visual_routing: VisualRouting | None = None,
         past_key_values: Cache | None = None,
-        use_pvm: bool = True,
+        use_pvm: bool | Collection[int] = True,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -412,9 +413,11 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
             hidden_states (`torch.Tensor` `[batch, sequence, hidden_size]`): the residual stream.
             visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): visual tokens of this pass.
             visual_routing (`VisualRouting`, *optional*): who reads what; `None` if there is nothing to read.
-            use_pvm (`bool`): whether the branch is on. Off, it still remembers, for later passes on the same cache.
+            use_pvm (`bool` or `Collection[int]`): whether the branch is on, or in which layers it is. Off, it still
+                remembers, for later passes on the same cache.
         """
-        if visual_routing is None or not use_pvm:
+        is_on = use_pvm if isinstance(use_pvm, bool) else self.pvm_block.cross_attn.layer_idx in use_pvm
+        if visual_routing is None or not is_on:
             hidden_states = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
             if visual_embeds is not None and past_key_values is not None:
                 self.pvm_block(None, visual_embeds, visual_routing, past_key_values)
@@ -640,9 +643,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         """
         hub_names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, use_safetensors=True, **kwargs
-        )
+        kwargs |= {"output_loading_info": True, "use_safetensors": True}
+        model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         _check_gates(model, pretrained_model_name_or_path)
         if model.config.peft_adapter is not None:
             subfolder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
@@ -729,8 +731,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         Args:
             inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
             visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
-            use_pvm (`bool`, *optional*): `False` turns the branches off in this pass: the stock model's hidden states.
-                What is seen is remembered all the same.
+            use_pvm (`bool` or `Collection[int]`, *optional*): `False` turns the branches off in this pass: the stock
+                model's hidden states; a list of layers leaves on those alone. What is seen is remembered all the same.
             output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
                 `[batch, heads, sequence, visual]` of each branch; needs eager attention.
             kwargs: as the stock text model.
@@ -1033,7 +1035,9 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMPreTrainedModel, Qwen3VLForCo
             )
         return super().forward(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *, inputs_embeds=None, use_pvm: bool = True, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *, inputs_embeds=None, use_pvm: bool | Collection[int] = True, **kwargs
+    ):
         """As the stock model; what `generate()` is to accept must be named here."""
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, use_pvm=use_pvm, **kwargs)
 
