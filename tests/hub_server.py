@@ -259,8 +259,9 @@ class Handler(BaseHTTPRequestHandler):
                     return answer(self, *(group and unquote(group) for group in match.groups()))
             raise Refusal(404, f"Not on this Hub: {method} {path}")
         except Refusal as refusal:
-            self.close_connection = method != "GET"  # there may be an unread body
-            self.reply(refusal.body, refusal.status, refusal.headers)
+            # Of an upload there may be an unread body. A client that is not told so would ask on the same connection.
+            last = {"Connection": "close"} if method == "PUT" else {}
+            self.reply(refusal.body, refusal.status, {**refusal.headers, **last})
         except ConnectionError:
             self.close_connection = True
             self.hub.requests.append(f"{self.command} {self.path} broken off")
