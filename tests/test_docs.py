@@ -9,7 +9,9 @@ from transformers import AutoProcessor
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.digits import data as digits
 from tiny import set_gates
+from training import PVM, run
 
 
 ROOT = Path(__file__).parent.parent
@@ -45,3 +47,18 @@ def test_a_chat_on_one_cache():
     answer = text.rpartition("<|im_start|>assistant\n")[2]
     length = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
     assert plain[0, -length - 1 : -1].argmax(-1).tolist() == tokens[0, -length:].tolist()
+
+
+def test_a_checkpoint_in_three_lines(base, conversations, tmp_path, capsys, monkeypatch):
+    """What the README shows first, on the data that it names and a checkpoint like the one that the demo makes."""
+    monkeypatch.chdir(tmp_path)
+    digits.main(["--output_dir", "data/digits"])
+    run(BACKBONE, conversations, tmp_path / "runs" / "digits_pvm", *PVM)
+    load, compare = code("README.md")[:2]
+    names = {}
+    exec(load, names)
+    exec(compare, names)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[0] for line in lines] == ["True", "False"] and names["row"]["filler"] == 256
+    (answer,) = (part["text"] for part in names["row"]["messages"][-1]["content"])
+    assert all(f"'text': '{answer}'" in line for line in lines)

@@ -117,13 +117,13 @@ def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: i
         Dataset.from_list(made, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder for train.parquet and test.parquet")
     parser.add_argument("--stage", choices=sorted(TRAIN_ROWS), default="adapt", help="which training conversations")
     parser.add_argument("--seed", type=int, default=0, help="the boards, texts and questions; never the digit split")
     parser.add_argument("--train_rows", type=int, default=None, help="default: what the stage's recipe needs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     write(args.output_dir, args.stage, args.seed, args.train_rows)
 
 
