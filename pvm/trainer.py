@@ -222,12 +222,14 @@ class PVMTrainer(Trainer):
 
     def frozen_hash(self) -> str | None:
         """
-        SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks. `None` with
-        ZeRO-3, which hides parameters outside of a step.
+        SHA-256 over names, dtypes and bytes of everything that does not train; to be called on all ranks. `None` if
+        everything trains, and with ZeRO-3, which hides parameters outside of a step.
         """
         if is_deepspeed_zero3_enabled():
             return None
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return None
         digest = hashlib.sha256()
         # Not the parameters themselves: bitsandbytes lays those out anew for the machine when they are first used.
         for name, values in self.model.state_dict().items():
