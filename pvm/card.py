@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerState
 from transformers.utils import CONFIG_NAME
 
@@ -114,6 +114,9 @@ def write_card(
     is_part = config.get("base_model_name_or_path") is not None or (folder / "adapter_config.json").is_file()
     mark = config.get("text_config", {}).get("pvm_training") or {}
     base, revision = (record.get(key) or mark.get(key) for key in ("base_model", "base_revision"))
+    named = config.get("base_model_name_or_path")
+    if base is None and named is not None and public_name(named)["on_hub"]:
+        base, revision = named, config.get("base_model_revision")
     results = [result for report in reports for result in _eval_results(report)]
     data = ModelCardData(
         license=licence,
@@ -132,7 +135,7 @@ def write_card(
         is_pvm=is_pvm,
         summary=_summary(record, mark, base, is_part),
         loading=_loading(kind, is_part, name),
-        loading_note=_loading_note(kind, is_part),
+        loading_note=_loading_note(kind, is_part and base is not None),
         facts=_facts(config, record, base, revision),
         gates=[(layer, f"{gate:+.4f}") for layer, gate in read_gates(folder).items()],
         training=_training(record),
@@ -307,5 +310,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, SafetensorError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"pvm.card: error: {error}")

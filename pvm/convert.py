@@ -18,12 +18,13 @@ import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -48,7 +49,11 @@ def load_merged(name: str, revision: str, kind: str) -> Qwen3VLPVMForConditional
     config = model_class.config_class.from_pretrained(name, revision=revision)
     lora, config.peft_adapter = config.peft_adapter, None
     dtype = config.dtype
-    model, _ = load_weights(model_class, name, config=config, revision=revision, dtype="float32" if lora else "auto")
+    model, info = load_weights(
+        model_class, name, config=config, revision=revision, dtype="float32" if lora else "auto"
+    )
+    if info["missing_keys"]:
+        raise UserError(f"{name} lacks weights, e.g. {min(info['missing_keys'])}. Get the complete checkpoint.")
     if lora:
         model = PeftModel.from_pretrained(model, name, subfolder=lora, revision=revision).merge_and_unload().to(dtype)
     return model
@@ -134,20 +139,22 @@ def convert(args: Namespace) -> None:
             revision = extract_commit_hash(cached_file(base, CONFIG_NAME, revision=revision or "main"), None)
         model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
 
-    staging = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)  # what an interrupted conversion left
-    save(model, staging, args.to)
-    try:
-        load_processor(name, args.revision).save_pretrained(staging)
-    except (OSError, ValueError):
-        print(f"Note: {name} has no processor; take the base's.")
-    if Path(name, RECORD).is_file():
-        shutil.copy(Path(name, RECORD), staging)
-    if args.to != "reference":
-        write_card(staging, folder.resolve().name)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(staging, folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        staging = Path(temporary, "checkpoint")
+        save(model, staging, args.to)
+        try:
+            load_processor(name, args.revision).save_pretrained(staging)
+        except (OSError, ValueError):
+            print(f"Note: {name} has no processor; take the base's.")
+        if Path(name, RECORD).is_file():
+            shutil.copy(Path(name, RECORD), staging)
+        if args.to != "reference":
+            write_card(staging, folder.name)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(staging, folder)
     print(f"Written: {folder}")
 
 
@@ -165,5 +172,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, StrictDataclassError, OSError) as error:
+    except (UserError, StrictDataclassError, SafetensorError, OSError) as error:
         sys.exit(f"pvm.convert: error: {error}")

@@ -67,7 +67,7 @@ def _refuse_paths(folder: Path, names: list[str]) -> None:
         # Of a tokenizer's many words some are folders, by accident.
         if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", "added_tokens.json"):
             for value in _strings(json.loads((folder / name).read_text(encoding="utf-8"))):
-                if Path(value).is_absolute() and Path(value).exists():
+                if Path(value).is_absolute() and len(Path(value).parts) > 2:
                     raise UserError(
                         f"{folder / name} names {value}, which only this machine has, and nothing that is pushed "
                         "may. Give the base by its name on the Hub (--base_model_id), or push a whole checkpoint: "

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -116,6 +117,8 @@ def inspect(name: str, revision: str = "main") -> Inspection:
     if kind == "adapter":
         peft = files.json("adapter_config.json")
         found.base, found.base_revision = peft.get("base_model_name_or_path"), peft.get("revision")
+        if "adapter_model.safetensors" not in files.sizes:
+            found.problems.append("There is no adapter_model.safetensors.")
     if kind in ("pvm", "mlp"):
         found.base, found.base_revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
         found.kind += ", an adapter" if found.base else ", whole"
@@ -135,17 +138,28 @@ def inspect(name: str, revision: str = "main") -> Inspection:
 
 def _look_at_branches(found: Inspection, files: Files, kind: str, name: str, revision: str) -> None:
     """Gates, number and hash of the branches' weights, and what is missing of them."""
-    digest, shapes, dtypes = hashlib.sha256(), {}, set()
+    digest, shapes, dtypes, keys = hashlib.sha256(), {}, set(), set()
     entries = []
     weights = [file for file in files.sizes if file.startswith("model") and file.endswith(".safetensors")]
-    if found.base is not None:
-        weights = [file for file in weights if file == ADAPTER_WEIGHTS_NAME]
+    # A file of the other kind may be left from an earlier push.
+    weights = [file for file in weights if (file == ADAPTER_WEIGHTS_NAME) == (found.base is not None)]
     if not weights:
         found.problems.append(f"There is no {ADAPTER_WEIGHTS_NAME if found.base else 'model.safetensors'}.")
     for file_name in weights:
         with files.open(file_name) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            length, size = int.from_bytes(file.read(8), "little"), files.sizes[file_name]
+            try:
+                header = json.loads(file.read(length)) if length < size else None
+                ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+            except (AttributeError, KeyError, TypeError, ValueError):
+                found.problems.append(f"{file_name} is no safetensors file.")
+                continue
+            if 8 + length + max(ends, default=0) != size:
+                found.problems.append(
+                    f"{file_name} has {size:,} bytes, and its header speaks of others: it is damaged."
+                )
+                continue
+            keys |= header.keys()
             for key, tensor in header.items():
                 if ".pvm_block." in key:
                     file.seek(8 + length + tensor["data_offsets"][0])
@@ -155,8 +169,14 @@ def _look_at_branches(found: Inspection, files: Files, kind: str, name: str, rev
         digest.update(content)
         shapes[key] = tuple(tensor["shape"])
         dtypes.add(tensor["dtype"])
-        if key.endswith("gate_alpha"):
-            gate = torch.frombuffer(bytearray(content), dtype=DTYPES[tensor["dtype"]]).item()
+        if tensor["dtype"] not in DTYPES:
+            found.problems.append(f"{key} is of the dtype {tensor['dtype']}.")
+            continue
+        values = torch.frombuffer(bytearray(content), dtype=DTYPES[tensor["dtype"]])
+        if not values.isfinite().all() and not key.endswith("gate_alpha"):
+            found.problems.append(f"{key} is not finite.")
+        if key.endswith("gate_alpha") and values.numel() == 1:
+            gate = values.item()
             found.gates[int(key.split(".layers.")[1].split(".")[0])] = gate
             if not abs(gate) <= MAX_GATE:
                 found.problems.append(f"{key} is {gate}, and no trained gate is above {MAX_GATE:g}.")
@@ -173,6 +193,10 @@ def _look_at_branches(found: Inspection, files: Files, kind: str, name: str, rev
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_pretrained(name, revision=revision))
     expected = {key: tuple(weight.shape) for key, weight in model.state_dict().items() if ".pvm_block." in key}
+    if found.base is None:
+        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+        rest = sorted(model.state_dict().keys() - expected.keys() - keys - tied)
+        found.problems += [f"It lacks {len(rest)} weights of its backbone, e.g. {rest[0]}."] if rest else []
     for key in sorted(expected.keys() | shapes.keys()):
         if key not in shapes:
             found.problems.append(f"{key} is missing.")
@@ -190,6 +214,8 @@ def _look_at_rest(found: Inspection, files: Files, config: dict[str, Any]) -> No
         found.problems += [f"There is no {file}." for file in sorted(wanted - files.sizes.keys())]
     if config["model_type"] != Qwen3VLPVMConfig.model_type:
         return  # the authors', or a control, which have no code here
+    foreign = sorted(value for value in config.get("auto_map", {}).values() if "--" in value)
+    found.problems += [f"Its code is that of another repository: {value}." for value in foreign]
     missing = [key for key in ("AutoConfig", "AutoModelForImageTextToText") if key not in config.get("auto_map", {})]
     found.problems += [
         f"Its config.json has no `auto_map` for {key}: trust_remote_code cannot load it." for key in missing
@@ -286,5 +312,5 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, StrictDataclassError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"pvm.inspect: error: {error}")

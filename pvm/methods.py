@@ -1,6 +1,7 @@
 """What can be trained: PVM branches, and the controls that a claim about them needs. One code path, one report."""
 
 import importlib.util
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
     model.requires_grad_(False)
     for block in pvm_blocks(model).values():
         block.requires_grad_(True).float()
-    if arguments.has_branches and model.config.base_model_name_or_path is None:
+    if arguments.has_branches and (model.config.base_model_name_or_path is None or arguments.base_model_id):
         model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
     if arguments.method in ("lora", "pvm+lora"):
         lora = LoraConfig(
@@ -215,8 +216,9 @@ def base_model(arguments: ModelArguments) -> tuple[str, str | None]:
 
 def public_name(name: str) -> dict[str, Any]:
     """What others may be told of a model or data set: its `name`, without folders, and whether it is `on_hub`."""
-    local = Path(name).exists()
-    return {"name": Path(name).name if local else name, "on_hub": not local}
+    is_file = Path(name).suffix in (".json", ".jsonl", ".parquet")
+    on_hub = not Path(name).exists() and not is_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+    return {"name": name if on_hub else Path(name).name, "on_hub": on_hub}
 
 
 def stored_config(name: str, revision: str = "main") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import eval as eval_script
 from pvm import card
 from pvm.errors import UserError
 from pvm.hub import checkpoint_files
+from pvm.methods import public_name
 from training import PVM, run
 
 
@@ -116,3 +117,18 @@ def test_the_record_is_there_without_a_hub_name(base, conversations, tmp_path):
     assert json.loads((folder / card.RECORD).read_text())["base_model"] is None
     assert ModelCard.load(folder / "README.md").data.base_model is None
     assert "a base that is not on the Hub" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "on_hub"),
+    [
+        ("org/data", True),
+        ("data", True),
+        ("/gone/since/rows.parquet", False),
+        ("gone/rows.jsonl", False),
+        ("../x", False),
+    ],
+)
+def test_no_path_is_taken_for_a_hub_name(name, on_hub):
+    """Also where the file is gone by the time of a save."""
+    assert public_name(name)["on_hub"] == on_hub and (on_hub or "/" not in public_name(name)["name"])

@@ -154,6 +154,18 @@ def test_a_base_of_another_shape_is_refused(adapter, tmp_path):
         Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, base_model_name_or_path=str(tmp_path / "other"))
 
 
+def test_an_incomplete_base_is_refused(adapter, stock, tmp_path):
+    shutil.copytree(stock, tmp_path / "part")
+    index = json.loads((tmp_path / "part/model.safetensors.index.json").read_text())
+    lost = index["weight_map"].pop("model.visual.pos_embed.weight")
+    weights = load_file(tmp_path / "part" / lost)
+    del weights["model.visual.pos_embed.weight"]
+    save_file(weights, tmp_path / "part" / lost, metadata={"format": "pt"})
+    (tmp_path / "part/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks 1 weights, e.g. model.visual.pos_embed.weight"):
+        Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, base_model_name_or_path=str(tmp_path / "part"))
+
+
 @pytest.mark.parametrize("revision", ["a" * 40, "b" * 40, None])
 def test_another_revision_of_the_base_is_warned_about(trained, stock, tmp_path, caplog, monkeypatch, revision):
     """The revision of a downloaded file is told by where it lies in the cache."""
@@ -291,6 +303,20 @@ def test_a_base_stored_in_4_bit(base, tmp_path):
     loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "adapter")
     assert loaded.model.language_model.layers[1].mlp.up_proj.weight.dtype == torch.uint8
     assert torch.equal(describe_gray(loaded, base), describe_gray(model, base))
+
+
+def test_a_quantised_base_in_place_of_a_plain_one_is_refused(base, tmp_path):
+    """Its weights would be taken for plain ones, and mean something else."""
+    with_branches(base, tmp_path / "adapter")
+    for bits in ("4bit", "8bit"):
+        quantised = BitsAndBytesConfig(**{f"load_in_{bits}": True}, llm_int8_skip_modules=[r".*\.visual", "lm_head"])
+        Qwen3VLForConditionalGeneration.from_pretrained(base, quantization_config=quantised).save_pretrained(
+            tmp_path / bits
+        )
+        with pytest.raises(ValueError, match="are stored quantised"):
+            Qwen3VLPVMForConditionalGeneration.from_pretrained(
+                tmp_path / "adapter", base_model_name_or_path=str(tmp_path / bits)
+            )
 
 
 # One call without the branches

@@ -168,6 +168,15 @@ def test_what_is_refused(adapter, base, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_incomplete_checkpoint_is_not_made_whole(adapter, tmp_path):
+    load(adapter).save_pretrained(tmp_path / "part")
+    weights = load_file(tmp_path / "part/model.safetensors")
+    del weights["model.visual.pos_embed.weight"]
+    save_file(weights, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights, e.g. model.visual.pos_embed.weight"):
+        convert.main([str(tmp_path / "part"), str(tmp_path / "whole"), "--to", "full"])
+
+
 def test_an_interrupted_conversion_leaves_nothing(adapter, tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError("No space left on device")
@@ -178,7 +187,8 @@ def test_an_interrupted_conversion_leaves_nothing(adapter, tmp_path, monkeypatch
             convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
     assert not (tmp_path / "whole").exists()
     convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
-    assert (tmp_path / "whole/model.safetensors").exists() and not (tmp_path / "whole.incomplete").exists()
+    assert (tmp_path / "whole/model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "stock", "whole"}
 
 
 def test_as_a_command(adapter, tmp_path):

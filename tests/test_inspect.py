@@ -117,6 +117,30 @@ def test_broken_folders(copy, tmp_path):
         inspect(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"x" * 5000, None])
+def test_damaged_files(copy, content):
+    file = copy / ADAPTER_WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-2000] if content is None else content)
+    assert any(part in inspect(str(copy)).problems[0] for part in ("is no safetensors file", "it is damaged"))
+
+
+def test_a_whole_checkpoint_without_a_weight_of_its_backbone(tmp_path):
+    tiny.build().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.visual.pos_embed.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert inspect(str(tmp_path)).problems == [
+        "It lacks 1 weights of its backbone, e.g. model.visual.pos_embed.weight."
+    ]
+
+
+def test_code_of_another_repository(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"]["AutoConfig"] = "other/repo--evil.Config"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "Its code is that of another repository: other/repo--evil.Config." in inspect(str(copy)).problems
+
+
 def test_fresh_branches(tmp_path):
     tiny.build(gate=0.0).save_pretrained(tmp_path)
     console = Console(record=True, width=200)

@@ -443,14 +443,20 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
 def _base_hub_kwargs(config: Qwen3VLPVMConfig, download_kwargs: dict) -> dict:
     """How to get the base: as the adapter, but for what says which files of a repository are meant."""
     kwargs = {key: value for key, value in download_kwargs.items() if key not in ("commit_hash", "tqdm_class")}
-    return {**kwargs, "revision": config.base_model_revision or "main", "subfolder": ""}
+    trained_on = (config.get_text_config().pvm_training or {}).get("base_model")
+    # A commit of the one that it was trained on says nothing of a mirror.
+    is_other = trained_on not in (None, config.base_model_name_or_path)
+    trained_revision = (config.get_text_config().pvm_training or {}).get("base_revision")
+    revision = None if is_other and config.base_model_revision == trained_revision else config.base_model_revision
+    return {**kwargs, "revision": revision or "main", "subfolder": ""}
 
 
-def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -> None:
+def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict, is_quantized: bool) -> None:
     """
     Raises:
         OSError: if the base has no config.
-        ValueError: if its decoder or vision tower is of another shape than the adapter's config says.
+        ValueError: if its decoder or vision tower is of another shape than the adapter's config says, or one of the
+            two is stored quantised and the other not.
     """
     name = config.base_model_name_or_path
     try:
@@ -471,6 +477,12 @@ def _check_base(config: Qwen3VLPVMConfig, adapter: str, download_kwargs: dict) -
         raise ValueError(
             f"{name} is not the base of {adapter}, but a model of another shape: {'; '.join(different)}. Name the "
             "right one with `base_model_name_or_path=...`."
+        )
+    if ("quantization_config" in base) != is_quantized:
+        raise ValueError(
+            f"The weights of {name} are stored {'' if not is_quantized else 'not '}quantised, and {adapter} goes into "
+            f"{'quantised' if is_quantized else 'plain'} ones. Name such a base; to quantise a plain one while it is "
+            "loaded, pass `quantization_config=...`."
         )
 
 
@@ -645,6 +657,11 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
         kwargs |= {"output_loading_info": True, "use_safetensors": True}
         model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if model.config.base_model_name_or_path is not None and loading_info["missing_keys"]:
+            raise ValueError(
+                f"The base {model.config.base_model_name_or_path} lacks {len(loading_info['missing_keys'])} weights, "
+                f"e.g. {min(loading_info['missing_keys'])}: they would be random. Get the complete checkpoint."
+            )
         _check_gates(model, pretrained_model_name_or_path)
         if model.config.peft_adapter is not None:
             subfolder = "/".join(filter(None, (hub_kwargs.pop("subfolder", ""), model.config.peft_adapter)))
@@ -669,7 +686,8 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
 
         name, config = load_config.pretrained_model_name_or_path, model.config
         if checkpoint_files and os.path.basename(checkpoint_files[0]) == ADAPTER_WEIGHTS_NAME:
-            _check_base(config, name, load_config.download_kwargs)
+            quantizer = load_config.hf_quantizer
+            _check_base(config, name, load_config.download_kwargs, quantizer is not None and quantizer.pre_quantized)
             checkpoint_files = [*_base_files(config, name, load_config.download_kwargs), *checkpoint_files]
             weight_map = {  # whose absolute paths are what offloading to disk reads
                 key: os.path.abspath(file)
