@@ -123,7 +123,7 @@ def test_the_record_is_there_without_a_hub_name(base, conversations, tmp_path):
     ("name", "on_hub"),
     [
         ("org/data", True),
-        ("data", True),
+        ("squad", True),
         ("/gone/since/rows.parquet", False),
         ("gone/rows.jsonl", False),
         ("../x", False),
