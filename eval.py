@@ -1,5 +1,5 @@
 """
-Evaluate one or several checkpoints side by side: accuracy by the distance of the image and by depth in the answer.
+Evaluate one or several checkpoints side by side: how often they are right, what that rests on, what happens inside.
 
 The embedded default, after train.py has made the two checkpoints (no GPU, no network):
 
@@ -8,11 +8,13 @@ The embedded default, after train.py has made the two checkpoints (no GPU, no ne
 Your own conversations (a file, a folder or a Hub name; docs/data.md shows the forms of rows):
 
     python eval.py --model Qwen/Qwen3-VL-8B-Instruct runs/qwen3-vl-8b-pvm --names base PVM \\
-        --dataset_name my_data --dataset_split test --output_dir runs/my_eval
+        --dataset_name my_data --dataset_split test --output_dir runs/my_eval \\
+        --knock_outs branch_off another_memory hidden_image blind
 
-A checkpoint is a stock Qwen3-VL, a PVM model (this project's or the authors') or a PEFT adapter. The last assistant
-turn of a row is the answer to compare with. Written are report.json (everything), report.md and report.png (to read),
-and predictions_<name>.jsonl (every answer).
+A checkpoint is a stock Qwen3-VL, a PVM model (this project's or the authors'), a control, or a PEFT adapter. The last
+assistant turn of a row is the answer to compare with. Written are report.html (everything on one page), report.md with
+its pictures, report.json, and predictions/ (every answer). The same line goes on with an evaluation that was
+interrupted.
 """
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
@@ -20,45 +22,46 @@ import pvm  # noqa: F401, I001  (first: it makes torchvision importable where it
 import json
 import platform
 import re
+import shutil
 import sys
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from pvm.answering import answer
 from pvm.answers import MATCHES
 from pvm.arguments import parse_arguments
-from pvm.checkpoints import Checkpoint, checkpoint_kind, load_checkpoint, processor_state
-from pvm.data import ConversationCollator, ConversationDataset
-from pvm.errors import UserError
-from pvm.formats import message_text
-from pvm.knockouts import KNOCK_OUTS, SPLIT, ChangedImages, KnockOut, generate_split, knock_outs
-from pvm.methods import public_name
-from pvm.metrics import (
-    Accuracy,
-    AccuracyByDepth,
-    AccuracyByDistance,
-    paired_difference,
-    score_pieces,
+from pvm.checkpoints import (
+    Checkpoint,
+    branch_layers,
+    checkpoint_kind,
+    load_checkpoint,
+    processor_of,
+    processor_state,
 )
-from pvm.plots import plot_report
-from pvm.report import checkpoint_lines, markdown_report, remarks, rich_tables
+from pvm.errors import UserError
+from pvm.knockouts import KNOCK_OUTS, NEEDS_BRANCHES, NEEDS_MEMORY, SPLIT, ChangedImages, KnockOut, knock_outs
+from pvm.methods import public_name
+from pvm.page import html_page
+from pvm.plots import draw_all
+from pvm.probes import choose_rows, probe, summarise
+from pvm.questions import Prompts, answer_limit, check_references, read_questions
+from pvm.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
+from pvm.scoring import Entry, make_records, score_all
 from pvm.sources import Conversations, load_conversations
+from pvm.unfinished import Unfinished, files_of
 
 
-ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least
-QUESTION_TAIL = 200  # characters of the question that go into predictions_<name>.jsonl
-KEPT_BYTES = 2**30  # of processed images kept between models; those beyond are processed again
 MAX_GROUPS = 8
+UNFINISHED = "unfinished"  # folder in output_dir
+REPORT_FILES = ("report.json", "report.md", "report.html", "probes.json")
 
 
 @dataclass
@@ -76,7 +79,11 @@ class EvalArguments:
     )
     output_dir: str = field(metadata={"help": "Where the report goes."})
     names: list[str] | None = field(
-        default=None, metadata={"help": "What the report calls the checkpoints; by default the end of their paths."}
+        default=None,
+        metadata={
+            "help": "What the report calls the checkpoints; by default the end of their paths. Several with the same "
+            "name are runs of one method (seeds), and are reported together."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="test", metadata={"help": "E.g. `test` or `test[:1000]`."})
@@ -110,6 +117,13 @@ class EvalArguments:
             "help": "Regular expression for the pieces of an answer that are scored by depth; every word by default."
         },
     )
+    probe_rows: int = field(
+        default=8,
+        metadata={
+            "help": "Rows of each group on which to look inside the first run of each model: where attention goes, "
+            "when the prediction is made, what branches add. 0: none."
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Rows that are answered at once."})
     max_new_tokens: int | None = field(
         default=None,
@@ -129,256 +143,46 @@ class EvalArguments:
 
 
 @dataclass
-class Question:
+class Model:
     """
-    A row of the data set as it is scored.
+    One of the checkpoints.
 
-    row (`int`): index in the split.
-    group (`str`): its value in the `group_by` column, or "all".
-    question (`str`): the end of the last user turn.
-    reference (`str`): the last assistant turn.
-    depths (`list[int]`): token offsets, in the reference, of its scored pieces.
-    distance (`int` or `None`): tokens between the last visual token and the answer; `None` without an image.
+    name (`str`): in the report; several runs of one method share it.
+    run (`int`): which of them.
+    label (`str`): this one's own name.
+    path (`str`): folder or Hub name.
     """
 
-    row: int
-    group: str
-    question: str
-    reference: str
-    depths: list[int]
-    distance: int | None = None
+    name: str
+    run: int
+    label: str
+    path: str
 
 
-class Prompts:
+def name_models(arguments: EvalArguments) -> list[Model]:
     """
-    The rows of a data set as inputs to generate from, made once for all models with the same processor.
-
-    Args:
-        conversations (`Conversations`): the rows.
-        processor (`ProcessorMixin`): of the model.
-    """
-
-    def __init__(self, conversations: Conversations, processor: ProcessorMixin):
-        self.dataset = ConversationDataset(conversations, processor, prompt_only=True)
-        self.lengths: list[int] = []
-        self.distances: list[int | None] = []
-        self.kept: list[dict[str, torch.Tensor] | None] = []
-        kept_bytes = 0
-        for index in tqdm(range(len(self.dataset)), desc="preparing", unit="row"):
-            example = self.dataset[index]
-            self.lengths.append(len(example["input_ids"]))
-            self.distances.append(image_distance(example["mm_token_type_ids"]))
-            kept_bytes += sum(value.nbytes for value in example.values())
-            self.kept.append(example if kept_bytes <= KEPT_BYTES else None)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.kept[index] or self.dataset[index]
-
-
-def image_distance(mm_token_type_ids: torch.Tensor) -> int | None:
-    """Tokens after the last visual token of a prompt (`[sequence]`, 0 is text); `None` if there is no such token."""
-    visual = mm_token_type_ids.nonzero()
-    return len(mm_token_type_ids) - 1 - int(visual[-1]) if len(visual) else None
-
-
-def piece_depths(text: str, pattern: str, tokenizer) -> list[int]:
-    """For each match of `pattern` in `text`, how many tokens of `text` come before it."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    ends = [end for _, end in offsets]
-    return [bisect_right(ends, match.start()) for match in re.finditer(pattern, text)]
-
-
-def read_questions(conversations: Conversations, group_by: str | None, pattern: str, tokenizer) -> list[Question]:
-    """The questions of a data set that [`Prompts`] has been through, distances still missing."""
-    groups = ["all"] * len(conversations) if group_by is None else map(str, conversations.column(group_by))
-    questions = []
-    for row, group, conversation in zip(conversations.rows, groups, conversations):
-        users = [message for message in conversation.messages if message["role"] == "user"]
-        question = message_text(users[-1]) if users else ""
-        reference = message_text(conversation.messages[-1])
-        depths = piece_depths(reference, pattern, tokenizer)
-        questions.append(Question(row, group, question[-QUESTION_TAIL:], reference, depths))
-    return questions
-
-
-def check_references(questions: Sequence[Question], arguments: EvalArguments) -> None:
-    """
-    Raises:
-        UserError: naming the row, if a reference is not of the kind that answers are compared with.
-    """
-    for question in questions:
-        try:
-            MATCHES[arguments.match]("", question.reference)
-        except UserError as error:
-            raise UserError(f"{arguments.dataset_name}, row {question.row}: {error}") from error
-
-
-def answer_limit(reference: str, tokenizer) -> int:
-    """
-    Tokens that an answer to compare with `reference` may have. A power of two, so that few kinds of batch arise and no
-    row's limit depends on its neighbours.
-    """
-    tokens = len(tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1  # the end of the turn is one
-    return 2 ** (tokens + ANSWER_MARGIN - 1).bit_length()
-
-
-def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) -> list[list[int]]:
-    """Indices of rows of equal kind and like lengths. The longest come first: memory fails at once or never."""
-    batches = []
-    for kind in sorted(set(kinds), reverse=True):
-        rows = [index for index in range(len(lengths)) if kinds[index] == kind]
-        rows.sort(key=lambda index: lengths[index], reverse=True)
-        batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return batches
-
-
-@torch.inference_mode()
-def answer(
-    checkpoint: Checkpoint,
-    prompts: Prompts,
-    limits: Sequence[int],
-    batch_size: int,
-    name: str,
-    knock_out: KnockOut | None = None,
-    others: Prompts | None = None,
-) -> tuple[list[str], list[bool]]:
-    """
-    Greedy answers of a model to all prompts.
-
-    Args:
-        knock_out (`KnockOut`, *optional*): what is taken from the model.
-        others (`Prompts`, *optional*): the same prompts with images of other rows, where it needs them.
-
-    Returns:
-        The texts, and for each whether it was cut off at its limit.
-    """
-    model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
-    knock_out = knock_out or KnockOut()
-    collator = ConversationCollator(tokenizer.pad_token_id, padding_side="left")
-    ends = torch.tensor(model.generation_config.eos_token_id)
-    # Prompts in two parts are parted at the same place. Those without an image lack nothing.
-    parted = [None if knock_out.kind not in SPLIT else distance for distance in prompts.distances]
-    kinds = [(limit, distance or 0) for limit, distance in zip(limits, parted)]
-
-    def inputs(made: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {key: value.to(model.device) for key, value in collator([made[row] for row in rows]).items()}
-
-    answers, cut = [""] * len(limits), [False] * len(limits)
-    with tqdm(total=len(limits), desc=name, unit="row") as bar:
-        for rows in make_batches(prompts.lengths, kinds, batch_size):
-            batch, (limit, distance) = inputs(prompts, rows), kinds[rows[0]]
-            if distance:
-                other = inputs(others, rows)
-                generated = generate_split(model, batch, other, distance, knock_out, limit, ends).cpu()
-            else:
-                switch = {} if knock_out.use_pvm is True else {"use_pvm": knock_out.use_pvm}
-                generated = model.generate(**batch, max_new_tokens=limit, **switch)
-                generated = generated[:, batch["input_ids"].shape[1] :].cpu()
-            ended = torch.isin(generated, ends).any(dim=1).tolist()
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            for row, text, has_ended in zip(rows, texts, ended):
-                answers[row], cut[row] = text, not has_ended
-            bar.update(len(rows))
-    return answers, cut
-
-
-def make_records(
-    questions: Sequence[Question], answers: Sequence[str], cut: Sequence[bool], match: str = "exact"
-) -> list[dict[str, Any]]:
-    """The lines of predictions_<name>.jsonl."""
-    return [
-        {
-            **asdict(question),
-            "prediction": prediction,
-            "correct": MATCHES[match](prediction, question.reference),
-            "cut": was_cut,
-        }
-        for question, prediction, was_cut in zip(questions, answers, cut)
-    ]
-
-
-def score(records: Sequence[dict[str, Any]], pattern: str, match: str = "exact") -> dict[str, Any]:
-    """All metrics of one model's records."""
-    texts = {
-        "predictions": [record["prediction"] for record in records],
-        "references": [record["reference"] for record in records],
-    }
-    distances, depths = [record["distance"] for record in records], [record["depths"] for record in records]
-    return {
-        "accuracy": Accuracy(keep_in_memory=True).compute(**texts, match=match),
-        "by_distance": AccuracyByDistance(keep_in_memory=True).compute(**texts, distances=distances, match=match),
-        "by_depth": AccuracyByDepth(keep_in_memory=True).compute(**texts, depths=depths, scored_pattern=pattern),
-    }
-
-
-def compare(
-    first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]], bins: Sequence[dict[str, Any]], pattern: str
-) -> dict[str, Any]:
-    """
-    What the second model does better than the first on the same rows: `answers` correct, in all and in each distance
-    bin, and `pieces` of long answers.
-    """
-    outcomes = [[[record["correct"]] for record in records] for records in (first, second)]
-    by_distance = []
-    for span in bins:
-        inside = [
-            k
-            for k, record in enumerate(first)
-            if record["distance"] is not None and span["low"] <= record["distance"] <= span["high"]
-        ]
-        difference = paired_difference(*([rows[k] for k in inside] for rows in outcomes))
-        by_distance.append({"low": span["low"], "high": span["high"], **difference})
-    pieces = [
-        [
-            score_pieces(record["prediction"], record["reference"], pattern)
-            for record in records
-            if len(record["depths"]) > 1
-        ]
-        for records in (first, second)
-    ]
-    return {
-        "answers": paired_difference(*outcomes),
-        "by_distance": by_distance,
-        "pieces": paired_difference(*pieces) if pieces[0] else None,
-    }
-
-
-def score_all(records: dict[str, list[dict[str, Any]]], pattern: str, match: str = "exact") -> dict[str, Any]:
-    """
-    The measured part of the report, from nothing but the records of each model: `overall`, `groups` and `comparisons`
-    with the first model.
-    """
-    first, *others = records
-    report: dict[str, Any] = {
-        "overall": {name: score(lines, pattern, match)["accuracy"] for name, lines in records.items()},
-        "groups": {},
-        "comparisons": {},
-    }
-    for group in dict.fromkeys(record["group"] for record in records[first]):
-        mine = {name: [line for line in lines if line["group"] == group] for name, lines in records.items()}
-        scores = {name: score(lines, pattern, match) for name, lines in mine.items()}
-        bins = scores[first]["by_distance"]["bins"]
-        report["groups"][group] = scores
-        report["comparisons"][group] = {name: compare(mine[first], mine[name], bins, pattern) for name in others}
-    return report
-
-
-def model_names(arguments: EvalArguments) -> list[str]:
-    """
-    What the report calls the models.
+    What the report calls the models. A name that several have is that of a method, and they are its runs.
 
     Raises:
-        UserError: if they are not as many as the models, not distinct, or no file names.
+        UserError: if the names are not as many as the models, or no file names; if two models have the same path.
     """
     names = arguments.names or [Path(path).name for path in arguments.model]
     if len(names) != len(arguments.model):
         raise UserError(f"--names has {len(names)} names for {len(arguments.model)} models. Give each model one.")
-    if len(set(names)) != len(names):
+    if arguments.names is None and len(set(names)) != len(names):
         raise UserError(f"Two models would both be called one of {', '.join(names)}. Tell them apart with --names.")
-    for name in names:
+    if len(set(arguments.model)) != len(arguments.model):
+        raise UserError("--model names a checkpoint twice. Name each once.")
+    models = []
+    for name, path in zip(names, arguments.model):
         if not re.fullmatch(r"[\w.+ -]+", name):
             raise UserError(f"--names {name!r}: use letters, digits, spaces and . _ + - only; it becomes a file name.")
-    return names
+        run = sum(model.name == name for model in models)
+        models.append(Model(name, run, name if names.count(name) == 1 else f"{name} run {run + 1}", path))
+    labels = [model.label for model in models]
+    if len(set(labels)) != len(labels):
+        raise UserError(f"--names: two models would both be called one of {', '.join(labels)}.")
+    return models
 
 
 def prepare_output(output_dir: Path, overwrite: bool) -> None:
@@ -391,8 +195,11 @@ def prepare_output(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if (output_dir / "report.json").exists() and not overwrite:
         raise UserError(f"{output_dir} holds a report already. Choose another --output_dir, or give --overwrite true.")
-    for old in [*output_dir.glob("report.*"), *output_dir.glob("predictions_*.jsonl")]:
-        old.unlink()
+    old = [output_dir / file for file in REPORT_FILES]
+    for file in [*old, *output_dir.glob("report_*.png"), *output_dir.glob("predictions/*.jsonl")]:
+        file.unlink(missing_ok=True)
+    if overwrite and (output_dir / UNFINISHED).is_dir():
+        shutil.rmtree(output_dir / UNFINISHED)
 
 
 def load_rows(arguments: EvalArguments) -> Conversations:
@@ -415,80 +222,158 @@ def load_rows(arguments: EvalArguments) -> Conversations:
     return conversations.sample(arguments.max_samples)
 
 
-def check(arguments: EvalArguments) -> list[str]:
+def check(arguments: EvalArguments) -> list[Model]:
     """
     Find out what is wrong with the command line before any time is spent.
 
     Returns:
-        `list[str]`: the names of the models.
+        `list[Model]`: the models.
 
     Raises:
         UserError: for anything that is wrong.
     """
-    names = model_names(arguments)
-    for flag in ("max_samples", "batch_size", "max_new_tokens"):
+    models = name_models(arguments)
+    for flag, least in (("max_samples", 1), ("batch_size", 1), ("max_new_tokens", 1), ("probe_rows", 0)):
         value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: give a number from 1.")
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: give a number from {least}.")
     try:
         re.compile(arguments.scored_pattern)
     except re.error as error:
         raise UserError(f"--scored_pattern {arguments.scored_pattern}: no regular expression: {error}.") from error
-    for path in arguments.model:
-        checkpoint_kind(path)
-    return names
+    kinds = {checkpoint_kind(path) for path in arguments.model}
+    for kind in arguments.knock_outs:
+        if (kind in NEEDS_BRANCHES and not kinds & {"pvm", "mlp"}) or (kind in NEEDS_MEMORY and "pvm" not in kinds):
+            raise UserError(f"--knock_outs {kind}: none of the models has PVM branches to take it from.")
+    return models
+
+
+class Evaluation:
+    """
+    One run of this script: the questions, and what each model makes of them.
+
+    Args:
+        arguments (`EvalArguments`), models (`list[Model]`): checked.
+        conversations (`Conversations`): the rows.
+        unfinished (`Unfinished`): where parts are kept until the report is written.
+    """
+
+    def __init__(
+        self,
+        arguments: EvalArguments,
+        models: list[Model],
+        conversations: Conversations,
+        unfinished: Unfinished,
+    ):
+        self.arguments, self.models = arguments, models
+        self.conversations, self.unfinished = conversations, unfinished
+        self.prompts: Prompts | None = None
+        self.prompts_state: str | None = None
+
+        # Distance and depth are measured in the first model's tokens, so that all share one axis.
+        processor = processor_of(models[0].path)
+        prompts = self._prompts(processor)
+        self.questions = read_questions(
+            conversations, arguments.group_by, arguments.scored_pattern, processor.tokenizer
+        )
+        for question, distance in zip(self.questions, prompts.distances):
+            question.distance = distance
+        check_references(self.questions, arguments.match, arguments.dataset_name)
+        self.probed = choose_rows(self.questions, arguments.probe_rows)
+
+    def run(self) -> dict[str, Any]:
+        """
+        Answer and probe what has not been yet.
+
+        Returns:
+            `dict`: `models` as in report.json, `records` `{label: records}`, `probes` `{name: results}`.
+        """
+        result: dict[str, Any] = {"models": [], "records": {}, "probes": {}}
+        texts: list[str] = []  # the first model's answers, which all are made to write for the probes
+        for model in self.models:
+            checkpoint = None
+            layers = branch_layers(model.path)
+            reads_images = checkpoint_kind(model.path) == "pvm"
+            for knock_out in knock_outs(self.arguments.knock_outs, layers, reads_images):
+                label = f"{model.label}{knock_out.name}"
+                part = self.unfinished.load(label)
+                if part is None:
+                    checkpoint = checkpoint or load_checkpoint(model.path, self.arguments.dtype)
+                    part = self._answer(model, checkpoint, knock_out, label)
+                    self.unfinished.save(label, part)
+                result["models"].append(part["model"])
+                result["records"][label] = part["records"]
+            texts = texts or [record["prediction"] for record in result["records"][model.label]]
+            if model.run == 0 and self.probed:
+                part = self.unfinished.load(f"{model.label} - probes")
+                if part is None:
+                    checkpoint = checkpoint or load_checkpoint(model.path, self.arguments.dtype)
+                    part = self._probe(checkpoint, model.label, texts)
+                    self.unfinished.save(f"{model.label} - probes", part)
+                result["probes"][model.name] = part
+        return result
+
+    def _prompts(self, processor: ProcessorMixin) -> Prompts:
+        state = processor_state(processor)
+        if state != self.prompts_state:
+            self.prompts, self.prompts_state = Prompts(self.conversations, processor), state
+        return self.prompts
+
+    def _answer(self, model: Model, checkpoint: Checkpoint, knock_out: KnockOut, label: str) -> dict[str, Any]:
+        arguments, processor = self.arguments, checkpoint.processor
+        made, others = self._prompts(processor), None
+        if knock_out.kind in ("blank_image", "another_image"):
+            changed = ChangedImages(self.conversations, blank=knock_out.kind == "blank_image")
+            made = Prompts(changed, processor)
+        elif knock_out.kind in SPLIT:
+            others = Prompts(ChangedImages(self.conversations, blank=False), processor)
+        limits = [
+            arguments.max_new_tokens or answer_limit(question.reference, processor.tokenizer)
+            for question in self.questions
+        ]
+        start, journal = time.perf_counter(), self.unfinished.journal(label)
+        answers = answer(checkpoint, made, limits, arguments.batch_size, label, knock_out, others, journal)
+        description = checkpoint.description
+        return {
+            "model": {
+                **asdict(description),
+                "name": f"{model.name}{knock_out.name}",
+                "run": model.run,
+                "label": label,
+                "knock_out": knock_out.kind,
+                "intact": None if knock_out.kind == "nothing" else model.name,
+                "gates_on": description.gates_on,
+                "answers_cut": sum(answer.cut for answer in answers),
+                "seconds": round(time.perf_counter() - start, 1),
+            },
+            "records": make_records(self.questions, answers, arguments.match),
+        }
+
+    def _probe(self, checkpoint: Checkpoint, label: str, texts: list[str]) -> list[dict[str, Any]]:
+        prompts = self._prompts(checkpoint.processor)
+        return [
+            {"index": index, **probe(checkpoint, prompts, index, texts[index], self.questions[index].depths)}
+            for index in tqdm(self.probed, desc=f"{label} - probes", unit="row")
+        ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     (args,) = parse_arguments((EvalArguments,), __doc__, arguments)
-    names = check(args)
+    models = check(args)
     conversations = load_rows(args)
     output_dir = Path(args.output_dir)
     prepare_output(output_dir, args.overwrite)
+    settings = {key: value for key, value in asdict(args).items() if key not in ("overwrite", "output_dir")}
+    settings |= {"rows": len(conversations), "files": {path: files_of(path) for path in args.model}}
+    unfinished = Unfinished(output_dir / UNFINISHED, settings)
+    evaluation = Evaluation(args, models, conversations, unfinished)
+    result = evaluation.run()
 
-    questions: list[Question] = []
-    prompts, prompts_state = None, None
-    records: dict[str, list[dict[str, Any]]] = {}
-    models = []
-    for name, path in zip(names, args.model):
-        checkpoint = load_checkpoint(path, args.dtype)
-        tokenizer = checkpoint.processor.tokenizer
-        state = processor_state(checkpoint.processor)
-        if state != prompts_state:
-            prompts, prompts_state = Prompts(conversations, checkpoint.processor), state
-        if not questions:
-            # Distance and depth are measured in the first model's tokens, so that all share one axis.
-            questions = read_questions(conversations, args.group_by, args.scored_pattern, tokenizer)
-            for question, distance in zip(questions, prompts.distances):
-                question.distance = distance
-            check_references(questions, args)
-        limits = [args.max_new_tokens or answer_limit(question.reference, tokenizer) for question in questions]
-        description = checkpoint.description
-        layers = [int(layer) for layer in description.gates] if description.kind == "pvm" else []
-        for knock_out in knock_outs(args.knock_outs, layers):
-            made, others = prompts, None
-            if knock_out.kind in ("blank_image", "another_image"):
-                changed = ChangedImages(conversations, blank=knock_out.kind == "blank_image")
-                made = Prompts(changed, checkpoint.processor)
-            elif knock_out.kind in SPLIT:
-                others = Prompts(ChangedImages(conversations, blank=False), checkpoint.processor)
-            start, called = time.perf_counter(), f"{name}{knock_out.name}"
-            answers, cut = answer(checkpoint, made, limits, args.batch_size, called, knock_out, others)
-            models.append(
-                {
-                    **asdict(description),
-                    "name": called,
-                    "knock_out": knock_out.kind,
-                    "gates_on": description.gates_on,
-                    "answers_cut": sum(cut),
-                    "seconds": round(time.perf_counter() - start, 1),
-                }
-            )
-            records[called] = make_records(questions, answers, cut, args.match)
-            with open(output_dir / f"predictions_{called}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[called])
-        del checkpoint
-
+    names = dict.fromkeys(model["name"] for model in result["models"])
+    entries = []
+    for name in names:
+        runs = [model for model in result["models"] if model["name"] == name]
+        entries.append(Entry(name, [result["records"][model["label"]] for model in runs], runs[0]["intact"]))
     report = {
         "arguments": asdict(args),
         "dataset": public_name(args.dataset_name),
@@ -497,19 +382,31 @@ def main(arguments: list[str] | None = None) -> None:
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "peft", "datasets", "evaluate")},
         },
-        "models": models,
-        **score_all(records, args.scored_pattern, args.match),
+        "models": result["models"],
+        **score_all(entries, args.scored_pattern, args.match),
+        "probes": summarise(result["probes"]),
     }
+    (output_dir / "predictions").mkdir(exist_ok=True)
+    for label, records in result["records"].items():
+        with open(output_dir / "predictions" / f"{label}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if result["probes"]:
+        (output_dir / "probes.json").write_text(json.dumps(result["probes"]) + "\n", encoding="utf-8")
     (output_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (output_dir / "report.md").write_text(markdown_report(report), encoding="utf-8")
-    plot_report(report, output_dir / "report.png")
+    pictures = draw_all(report, result["probes"], conversations, output_dir)
+    text = markdown_report(report, pictures)
+    (output_dir / "report.md").write_text(text, encoding="utf-8")
+    (output_dir / "report.html").write_text(html_page(text, output_dir), encoding="utf-8")
+    unfinished.remove()
 
     console = Console(soft_wrap=True)
     for line in [*checkpoint_lines(report), *remarks(report)]:
         console.print(line, highlight=False)
     for table in rich_tables(report):
         console.print(table)
-    console.print(f"\nWritten: {output_dir}/report.md, report.png, report.json, predictions_*.jsonl")
+    for line in findings(report):
+        console.print(f"- {line}", highlight=False)
+    console.print(f"\nWritten: {output_dir}/report.html (all in one page), report.md, report.json, predictions/")
 
 
 if __name__ == "__main__":

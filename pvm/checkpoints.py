@@ -72,6 +72,11 @@ class Checkpoint:
     processor: ProcessorMixin
     description: Description
 
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model without PEFT's wrapper; an adapter's layers are inside it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
 
 def checkpoint_kind(path: str, revision: str = "main") -> str:
     """
@@ -97,6 +102,13 @@ def checkpoint_kind(path: str, revision: str = "main") -> str:
             f"(`{Qwen3VLPVMConfig.model_type}`), its control (`{ParallelMLPConfig.model_type}`) and PEFT adapters."
         )
     return "stock"
+
+
+def branch_layers(path: str) -> list[int]:
+    """The decoder layers that have a branch, as the config of a PVM checkpoint or its control says; else empty."""
+    if checkpoint_kind(path) not in ("pvm", "mlp"):
+        return []
+    return stored_config(path)["text_config"]["pvm_layers"]
 
 
 def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
@@ -166,10 +178,7 @@ def _load_adapter(path: str, dtype: str) -> Checkpoint:
     if base.model.dtype == torch.float32:
         # Merged, it costs nothing at run time. In a smaller dtype merging would round the adapter's effect away.
         model = model.merge_and_unload()
-    # train.py saves the processor beside the adapter, peft alone does not.
-    has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
-    processor = load_processor(path) if has_processor else base.processor
-    return Checkpoint(model.eval(), processor, description)
+    return Checkpoint(model.eval(), processor_of(path), description)
 
 
 def merge_lora(model: torch.nn.Module) -> None:
@@ -200,6 +209,15 @@ def load_processor(path: str, revision: str = "main") -> ProcessorMixin:
         return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def processor_of(path: str) -> ProcessorMixin:
+    """The processor of a checkpoint of any kind; an adapter's is its base's, unless it has one beside it."""
+    has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
+    # train.py saves the processor beside the adapter, peft alone does not.
+    if checkpoint_kind(path) == "adapter" and not has_processor:
+        return processor_of(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    return load_processor(path)
 
 
 def _describe(

@@ -32,7 +32,8 @@ KNOCK_OUTS = {
 }
 # Those in which the prompt is read in two parts, the second after the last image.
 SPLIT = ("another_memory", "hidden_image", "blind")
-NEEDS_BRANCHES = ("branch_off", "branch_alone", "another_memory", "hidden_image")
+NEEDS_MEMORY = ("another_memory", "hidden_image")
+NEEDS_BRANCHES = ("branch_off", "branch_alone", *NEEDS_MEMORY)
 
 
 @dataclass
@@ -57,18 +58,20 @@ class KnockOut:
         return [self.layer] if self.kind == "branch_alone" else self.kind not in ("branch_off", "blind")
 
 
-def knock_outs(kinds: Sequence[str], layers: Sequence[int]) -> list[KnockOut]:
+def knock_outs(kinds: Sequence[str], layers: Sequence[int], reads_images: bool) -> list[KnockOut]:
     """
-    The intact model first, then what is taken from it; `branch_alone` once for each layer with a branch.
+    The intact model first, then what can be taken from it; `branch_alone` once for each layer with a branch.
 
-    Raises:
-        UserError: if there is no branch to take away.
+    Args:
+        layers (`Sequence[int]`): decoder layers with a branch.
+        reads_images (`bool`): whether the branches have a memory to take.
     """
-    if not layers and (wrong := [kind for kind in kinds if kind in NEEDS_BRANCHES]):
-        raise UserError(f"--knock_outs {' '.join(wrong)}: this checkpoint has no PVM branches.")
     chosen = [KnockOut()]
     for kind in kinds:
-        chosen += [KnockOut(kind, layer) for layer in layers] if kind == "branch_alone" else [KnockOut(kind)]
+        if kind == "branch_alone":
+            chosen += [KnockOut(kind, layer) for layer in layers]
+        elif (layers or kind not in NEEDS_BRANCHES) and (reads_images or kind not in NEEDS_MEMORY):
+            chosen.append(KnockOut(kind))
     return chosen
 
 
@@ -143,9 +146,9 @@ def generate_split(
     Returns:
         `torch.LongTensor` `[batch, at most max_new_tokens]`; after its end a row goes on with that token.
     """
-    cache, positions = _read_images(model, batch, distance)
+    cache, positions = read_images(model, batch, distance)
     if knock_out.kind == "another_memory":
-        other_cache, _ = _read_images(model, other, distance)
+        other_cache, _ = read_images(model, other, distance)
         for layer_idx in model.config.text_config.pvm_layers:
             write_visual_memory(cache, layer_idx, read_visual_memory(other_cache, layer_idx))
     mask = batch["attention_mask"].clone()
@@ -173,21 +176,25 @@ def generate_split(
     return torch.cat(answers, dim=1)
 
 
-def _read_images(
+def read_images(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], distance: int
 ) -> tuple[DynamicCache, torch.LongTensor]:
-    """The cache after the last visual token, and the rotary positions `[3, batch, sequence]` of the whole prompt."""
-    backbone = model.model
-    positions, _ = backbone.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], None, batch["attention_mask"]
+    """
+    The cache after all but the last `distance` tokens of the prompts, their images and videos among them, and the
+    rotary positions `[3, batch, sequence]` of all.
+    """
+    images = {key: batch[key] for key in ("pixel_values", "pixel_values_videos") if key in batch}
+    grids = {key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], *grids.values(), batch["attention_mask"]
     )
     cache = DynamicCache(config=model.config)
     model(
         input_ids=batch["input_ids"][:, :-distance],
         attention_mask=batch["attention_mask"][:, :-distance],
         mm_token_type_ids=batch["mm_token_type_ids"][:, :-distance],
-        pixel_values=batch["pixel_values"],
-        image_grid_thw=batch["image_grid_thw"],
+        **images,
+        **{key: grid for key, grid in grids.items() if grid is not None},
         position_ids=positions[..., :-distance],
         past_key_values=cache,
         logits_to_keep=1,

@@ -5,6 +5,7 @@ The metrics are `evaluate.Metric`s that need no network. A result is a proportio
 "interval"}`, where `interval` is Wilson's 95 % interval; a bin of an axis adds `low`, `high` (both included), `mean`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -51,44 +52,86 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + shift)), min(1.0, (centre + spread) / (1 + shift))
 
 
-def proportion(outcomes: Sequence[bool]) -> dict[str, Any]:
-    """`outcomes` as a result; of none, accuracy and interval are `None`."""
-    n, correct = len(outcomes), sum(outcomes)
+def proportion(outcomes: Sequence[bool] | Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """
+    `outcomes` `[questions]` or `[runs, questions]` as a result; of none, accuracy and interval are `None`. Of several
+    runs, `accuracy` is the mean, `by_run` has each, and `interval` holds 95 % of the means over 2,000 resamples of
+    questions and runs.
+    """
+    table = np.atleast_2d(np.asarray(outcomes, dtype=float))
+    runs, n = table.shape
+    result: dict[str, Any] = {"n": n, "correct": int(table.sum()), "accuracy": None, "interval": None}
     if n == 0:
-        return {"n": 0, "correct": 0, "accuracy": None, "interval": None}
-    return {"n": n, "correct": correct, "accuracy": correct / n, "interval": list(wilson_interval(correct, n))}
+        return result
+    result["accuracy"] = float(table.mean())
+    if runs == 1:
+        return {**result, "interval": list(wilson_interval(result["correct"], n))}
+    means = _resampled_means(table, np.ones(n), draws(runs, stream=1))
+    return {**result, "interval": _central_95(means), "runs": runs, "by_run": table.mean(axis=1).tolist()}
 
 
-def paired_difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> dict[str, Any]:
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """`n` values' `mean` and the `interval` of 95 % of the means of 2,000 resamples of them."""
+    column = np.asarray(values, dtype=float)
+    means = draws(len(column), stream=0) @ column / len(column)
+    return {"n": len(column), "mean": float(column.mean()), "interval": _central_95(means)}
+
+
+def paired_difference(
+    first: Sequence[Sequence[Sequence[bool]]], second: Sequence[Sequence[Sequence[bool]]], same_runs: bool = False
+) -> dict[str, Any]:
     """
     How much more often the second model is right than the first on the same questions.
 
     Args:
-        first, second (`Sequence[Sequence[bool]]`): the outcomes of each row, one or several, in the same order. What
-            belongs to one row is resampled together.
+        first, second (`Sequence` `[runs][rows][pieces]`): the outcomes of each row, one or several, in the same order.
+            What belongs to one row is resampled together.
+        same_runs (`bool`): the k-th runs of the two are the same checkpoint, and are resampled together, too.
 
     Returns:
-        `dict`: `n` outcomes of each model, the `difference` of their accuracies, and the `interval` that holds 95 % of
-        the differences over 2,000 resamples of the rows (always the same ones).
+        `dict`: `n` outcomes of each run, the `difference` of their accuracies, and the `interval` that holds 95 % of
+        the differences over 2,000 resamples (always the same ones) of the rows and, where there are several, the runs.
 
     Raises:
         ValueError: if the rows do not pair up.
     """
-    sizes = np.array([len(row) for row in first])
-    if sizes.tolist() != [len(row) for row in second] or sizes.sum() == 0:
+    sizes = [[len(row) for row in run] for run in [*first, *second]]
+    if any(run != sizes[0] for run in sizes) or sum(sizes[0]) == 0:
         raise ValueError("The two models must have outcomes of the same rows, at least one.")
-    gains = np.array([sum(b) - sum(a) for a, b in zip(first, second)])
-    rng = np.random.default_rng(0)
-    differences = []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        rows = rng.integers(len(sizes), size=len(sizes))
-        differences.append(gains[rows].sum() / max(sizes[rows].sum(), 1))
-    low, high = np.quantile(differences, [0.025, 0.975])
+    before, after = (np.array([[sum(row) for row in run] for run in runs], dtype=float) for runs in (first, second))
+    counts = np.array(sizes[0], dtype=float)
+    first_draws = draws(len(before), stream=1)
+    second_draws = first_draws if same_runs else draws(len(after), stream=2)
+    differences = _resampled_means(after, counts, second_draws) - _resampled_means(before, counts, first_draws)
     return {
-        "n": int(sizes.sum()),
-        "difference": float(gains.sum() / sizes.sum()),
-        "interval": [float(low), float(high)],
+        "n": int(counts.sum()),
+        "difference": float((after.mean(axis=0) - before.mean(axis=0)).sum() / counts.sum()),
+        "interval": _central_95(differences),
     }
+
+
+@functools.lru_cache(maxsize=8)
+def draws(n: int, stream: int) -> np.ndarray:
+    """How often each of `n` things is drawn in each resample: `[BOOTSTRAP_SAMPLES, n]` uint8, always the same."""
+    rng = np.random.default_rng([stream, n])
+    return np.array(
+        [np.bincount(rng.integers(n, size=n), minlength=n).astype(np.uint8) for _ in range(BOOTSTRAP_SAMPLES)]
+    )
+
+
+def _resampled_means(correct: np.ndarray, sizes: np.ndarray, run_draws: np.ndarray) -> np.ndarray:
+    """Accuracies over resamples of the rows and runs; `correct` `[runs, rows]` pieces of `sizes` `[rows]` each."""
+    means = []
+    row_draws = draws(len(sizes), stream=0)
+    for start in range(0, BOOTSTRAP_SAMPLES, 100):  # of floats, all at once would be large
+        rows, runs = (drawn[start : start + 100].astype(float) for drawn in (row_draws, run_draws))
+        totals = np.maximum(rows @ sizes, 1) * runs.sum(axis=1)
+        means.append((rows @ correct.T * runs).sum(axis=1) / totals)
+    return np.concatenate(means)
+
+
+def _central_95(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def distance_bins(distances: Sequence[int]) -> list[tuple[int, int]]:
@@ -115,16 +158,26 @@ def depth_bins(depths: Sequence[int]) -> list[tuple[int, int]]:
     return [(start, start + width - 1) for start in starts]
 
 
+def quartile_bins(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Bins, both ends included, of about a quarter of the values each; fewer where many values are equal."""
+    cuts = sorted({int(cut) for cut in np.quantile(values, [0.25, 0.5, 0.75, 1], method="inverted_cdf")})
+    lows = [min(values), *(cut + 1 for cut in cuts[:-1])]
+    return list(zip(lows, cuts))
+
+
 def by_bin(
-    values: Sequence[int], outcomes: Sequence[bool], make_bins: Callable[[Sequence[int]], list[tuple[int, int]]]
+    values: Sequence[int], outcomes: np.ndarray, make_bins: Callable[[Sequence[int]], list[tuple[int, int]]]
 ) -> list[dict[str, Any]]:
-    """A result for each bin of `values` that holds any; `mean` is that of its values."""
+    """
+    A result for each bin of `values` `[n]` that holds any, of `outcomes` `[runs, n]`; `mean` is that of its values.
+    """
+    values = np.asarray(values)
     results = []
-    for low, high in make_bins(values):
-        inside = [(value, outcome) for value, outcome in zip(values, outcomes) if low <= value <= high]
-        if inside:
-            mean = sum(value for value, _ in inside) / len(inside)
-            results.append({"low": low, "high": high, "mean": mean, **proportion([outcome for _, outcome in inside])})
+    for low, high in make_bins(values.tolist()) if len(values) else []:
+        inside = (low <= values) & (values <= high)
+        if inside.any():
+            mean = float(values[inside].mean())
+            results.append({"low": low, "high": high, "mean": mean, **proportion(outcomes[:, inside])})
     return results
 
 
@@ -138,20 +191,30 @@ def _info(description: str, **features: Any) -> evaluate.MetricInfo:
     )
 
 
+def _outcomes(predictions: list[str], references: list[str], match: str, runs: int) -> np.ndarray:
+    return np.array([MATCHES[match](*pair) for pair in zip(predictions, references)], dtype=bool).reshape(runs, -1)
+
+
 class Accuracy(evaluate.Metric):
-    """How many answers are right. `match` says when one is: "exact", "choice", "number" or "math"; see answers.py."""
+    """
+    How many answers are right. `match` says when one is: "exact", "choice", "number" or "math"; see answers.py. With
+    `runs`, the predictions are those of several models to the same questions, one model's after the other's.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of answers that are the reference's text, option, number or mathematical object.")
 
-    def _compute(self, predictions: list[str], references: list[str], match: str = "exact") -> dict[str, Any]:
-        return proportion([MATCHES[match](*pair) for pair in zip(predictions, references)])
+    def _compute(
+        self, predictions: list[str], references: list[str], match: str = "exact", runs: int = 1
+    ) -> dict[str, Any]:
+        return proportion(_outcomes(predictions, references, match, runs))
 
 
 class AccuracyByDistance(evaluate.Metric):
     """
     Right answers by `distances`, the number of tokens between the last visual token and the answer; `None` for a row
-    without any image. The result has `bins`, and `without_image` for those rows. `match` is as in [`Accuracy`].
+    without any image. The result has `bins`, and `without_image` for those rows. `match` and `runs` as in
+    [`Accuracy`].
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -166,20 +229,44 @@ class AccuracyByDistance(evaluate.Metric):
         references: list[str],
         distances: list[int | None],
         match: str = "exact",
+        runs: int = 1,
     ) -> dict[str, Any]:
-        outcomes = [MATCHES[match](*pair) for pair in zip(predictions, references)]
-        seen = [k for k, distance in enumerate(distances) if distance is not None]
+        outcomes = _outcomes(predictions, references, match, runs)
+        distances = distances[: outcomes.shape[1]]
+        seen = np.array([distance is not None for distance in distances], dtype=bool)
+        values = [distance for distance in distances if distance is not None]
         return {
-            "bins": by_bin([distances[k] for k in seen], [outcomes[k] for k in seen], distance_bins),
-            "without_image": proportion([outcomes[k] for k, distance in enumerate(distances) if distance is None]),
+            "bins": by_bin(values, outcomes[:, seen], distance_bins),
+            "without_image": proportion(outcomes[:, ~seen]),
         }
+
+
+class AccuracyByLength(evaluate.Metric):
+    """
+    Right answers in each quartile of `lengths`, numbers of tokens; the same for all models that are compared. The
+    result has `bins`. `match` and `runs` as in [`Accuracy`].
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Right answers by quartiles of length; lengths: tokens.", lengths=datasets.Value("int64"))
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        lengths: list[int],
+        match: str = "exact",
+        runs: int = 1,
+    ) -> dict[str, Any]:
+        outcomes = _outcomes(predictions, references, match, runs)
+        return {"bins": by_bin(lengths[: outcomes.shape[1]], outcomes, quartile_bins)}
 
 
 class AccuracyByDepth(evaluate.Metric):
     """
     Pieces of long answers that are right, by `depths`: for each row the token offsets, in the reference answer, of
     the matches of `scored_pattern`. Answers of a single piece have no depth and do not count. The result has `bins`,
-    `all` pieces together, and the number of `answers` that count.
+    `all` pieces together, and the number of `answers` that count. `runs` as in [`Accuracy`].
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -189,9 +276,19 @@ class AccuracyByDepth(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: list[str], references: list[str], depths: list[list[int]], scored_pattern: str
+        self,
+        predictions: list[str],
+        references: list[str],
+        depths: list[list[int]],
+        scored_pattern: str,
+        runs: int = 1,
     ) -> dict[str, Any]:
         long = [k for k, offsets in enumerate(depths) if len(offsets) > 1]
-        offsets = [offset for k in long for offset in depths[k]]
-        outcomes = [piece for k in long for piece in score_pieces(predictions[k], references[k], scored_pattern)]
-        return {"bins": by_bin(offsets, outcomes, depth_bins), "all": proportion(outcomes), "answers": len(long)}
+        pieces = [piece for k in long for piece in score_pieces(predictions[k], references[k], scored_pattern)]
+        outcomes = np.array(pieces, dtype=bool).reshape(runs, -1)
+        offsets = [offset for k in long for offset in depths[k]][: outcomes.shape[1]]
+        return {
+            "bins": by_bin(offsets, outcomes, depth_bins),
+            "all": proportion(outcomes),
+            "answers": len(long) // runs,
+        }

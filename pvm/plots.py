@@ -1,11 +1,16 @@
-"""The picture of an evaluation."""
+"""The pictures of an evaluation, in one style."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from .data import read_image
+from .sources import Conversations
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too; markers differ as well.
@@ -19,15 +24,43 @@ def bin_label(result: dict[str, Any]) -> str:
     return str(result["low"]) if result["low"] == result["high"] else f"{result['low']}–{result['high']}"  # noqa: RUF001
 
 
-def plot_report(report: dict[str, Any], path: str | Path) -> None:
+def draw_all(
+    report: dict[str, Any], probes: dict[str, list[dict[str, Any]]], conversations: Conversations, folder: Path
+) -> dict[str, str]:
     """
-    Write a PNG: accuracy by distance on the left, by depth on the right, a row for each group that has either.
+    Draw every picture that the report has numbers for.
 
     Args:
-        report (`dict`): what eval.py writes as report.json.
-        path (`str` or `Path`): where to.
+        report (`dict`): the content of report.json.
+        probes (`dict` `{model: results}`): of [`probe`], for heat maps.
+        conversations (`Conversations`): the rows, whose images heat maps lie over.
+        folder (`Path`): where the PNG files go.
+
+    Returns:
+        `dict`: file names by what they show: "accuracy", "lengths", "knock_outs", "attention", "lens", "branches", and
+        "heat NAME" for each model that has branches.
     """
-    models = [model["name"] for model in report["models"]]
+    names = list(dict.fromkeys(model["name"] for model in report["models"] if model["knock_out"] == "nothing"))
+    colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
+    figures = {
+        "accuracy": _accuracy(report, names),
+        "lengths": _lengths(report, names, colours),
+        "knock_outs": _knock_outs(report, names, colours),
+        "attention": _attention(report["probes"], colours),
+        "lens": _lens(report["probes"], colours),
+        "branches": _branches(report["probes"], colours),
+        **{f"heat {name}": _heat_maps(results, conversations) for name, results in probes.items()},
+    }
+    files = {}
+    for what, figure in figures.items():
+        if figure is not None:
+            files[what] = "report.png" if what == "accuracy" else f"report_{what.replace(' ', '_')}.png"
+            figure.savefig(folder / files[what])
+    return files
+
+
+def _accuracy(report: dict[str, Any], models: list[str]) -> Figure:
+    """Accuracy by distance on the left, by depth on the right, a row for each group that has either."""
     left = [name for name, group in report["groups"].items() if _has_distances(group)]
     right = [name for name, group in report["groups"].items() if _has_depths(group)]
     rows = max(len(left), len(right), 1)
@@ -43,7 +76,189 @@ def plot_report(report: dict[str, Any], path: str | Path) -> None:
                 ax.set_axis_off()
     if not left and not right:
         axes[0][0].text(0, 0.5, "Neither distance nor depth varies in this data set.")
-    figure.savefig(path)
+    return figure
+
+
+def _lengths(report: dict[str, Any], models: list[str], colours: dict[str, str]) -> Figure | None:
+    """Accuracy by quartile of length, a panel for each group in which lengths vary."""
+    groups = [name for name, group in report["groups"].items() if len(group[models[0]]["by_length"]["bins"]) > 1]
+    if not groups:
+        return None
+    figure, axes = _panels(len(groups))
+    for ax, group in zip(axes, groups):
+        for k, name in enumerate(models):
+            bins = report["groups"][group][name]["by_length"]["bins"]
+            x = [place + (k - (len(models) - 1) / 2) * 0.12 for place in range(len(bins))]
+            _points(ax, x, bins, colours[name], MARKERS[k % len(MARKERS)], name)
+        ax.set_xticks(range(len(bins)), [f"{bin_label(span)}\n(n = {span['n']})" for span in bins])
+        ax.set_title(_title("Correct answers by length", group))
+        ax.set_xlabel(f"tokens of {models[0]}'s answer, in quartiles\n(bars: 95% intervals)")
+        ax.set_ylabel("correct answers")
+        ax.set_ylim(-0.02, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.legend(frameon=False)
+        _plain(ax)
+    return figure
+
+
+def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, str]) -> Figure | None:
+    """What each knock-out costs, a panel for each group."""
+    entries = {model["name"]: model["intact"] for model in report["models"] if model["intact"] is not None}
+    if not entries:
+        return None
+    groups = list(report["groups"])
+    figure, axes = _panels(len(groups), height=1.6 + 0.32 * len(entries))
+    for ax, group in zip(axes, groups):
+        found = {entry["of"]: entry["answers"] for entry in report["comparisons"][group] if entry["of"] in entries}
+        for place, (name, intact) in enumerate(reversed(entries.items())):
+            low, high = found[name]["interval"]
+            ax.plot([low, high], [place, place], color=colours[intact], linewidth=2)
+            ax.plot([found[name]["difference"]], [place], color=colours[intact], marker="o")
+        ax.axvline(0, color="#888888", linewidth=1)
+        ax.set_yticks(range(len(entries)), list(reversed(entries)) if ax is axes[0] else [""] * len(entries))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_title(_title("Lost or won by a knock-out", group))
+        ax.set_xlabel("correct answers, against the intact model (bars: 95%)")
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
+    """The share of self-attention on the image: by position, by text tokens per visual one with fits, by layer."""
+    if not probes:
+        return None
+    figure, (position, ratio, layer) = _panels(3)
+    for name, summary in probes.items():
+        attention, colour = summary["attention"], colours[name]
+        if attention["by_position"]:
+            _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], colour, name)
+        x = np.array([point["x"] for point in attention["by_ratio"]])
+        _band(ratio, x, attention["by_ratio"], colour, name)
+        if attention["decay"] is not None:
+            fine = np.geomspace(x.min(), x.max(), 50)
+            fit = 1 / (1 + (fine / attention["decay"]["half"]) ** attention["decay"]["exponent"])
+            ratio.plot(fine, fit, color=colour, linewidth=1, linestyle="--")
+        _band(layer, range(len(attention["by_layer"])), attention["by_layer"], colour, name)
+    fine = np.geomspace(*ratio.get_xlim(), 50) if ratio.get_xlim()[0] > 0 else np.geomspace(0.1, 100, 50)
+    ratio.set_xlim(ratio.get_xlim())
+    ratio.plot(fine, 1 / (1 + fine), color="#888888", linestyle=":")
+    for ax, title, label in (
+        (position, "As the answer grows", "tokens of the answer"),
+        (ratio, "As there is more text", "text tokens per visual token"),
+        (layer, "By layer", "decoder layer"),
+    ):
+        if not ax.has_data():
+            ax.set_axis_off()
+            continue
+        if ax is not layer:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if ax is ratio:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if ax is not ratio else 1))
+        ax.set_title(title)
+        ax.set_xlabel(label)
+        _plain(ax)
+    (position if position.has_data() else ratio).set_ylabel("self-attention on the image")
+    layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer.legend(frameon=False)
+    return figure
+
+
+def _lens(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
+    """KL divergence of each layer's logit lens from the final prediction."""
+    if not probes:
+        return None
+    figure, (ax,) = _panels(1)
+    for name, summary in probes.items():
+        _band(ax, range(len(summary["kl"])), summary["kl"], colours[name], name)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_title("How far each layer is from the final prediction")
+    ax.set_xlabel("after decoder layer")
+    ax.set_ylabel("KL(final || lens), nats")
+    ax.legend(frameon=False)
+    _plain(ax)
+    return figure
+
+
+def _branches(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
+    """What branches add, as a share of the stream, by layer; the FFN's beside it."""
+    with_branches = {name: summary for name, summary in probes.items() if summary["injected"]}
+    if not with_branches:
+        return None
+    figure, (ax,) = _panels(1)
+    width = 0.8 / len(with_branches)
+    for k, (name, summary) in enumerate(with_branches.items()):
+        layers = [int(layer) for layer in summary["injected"]]
+        shares = [summary["injected"][str(n)]["mean"] / summary["residual"][n]["mean"] for n in layers]
+        x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
+        ax.bar(x, shares, width=0.9 * width, color=colours[name], label=f"{name}: branch")
+        ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
+        ax.plot(x, ffn, color=colours[name], linestyle="none", marker="_", markersize=14, label=f"{name}: FFN")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_title("What is added, against the stream")
+    ax.set_xlabel("decoder layer")
+    ax.set_ylabel("root mean square, share of the stream's")
+    ax.legend(frameon=False)
+    _plain(ax)
+    return figure
+
+
+def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> Figure | None:
+    """For the first and the last probed row with maps: the image, and for each token what looks where."""
+    shown = [row for row in results if row["heat_maps"] and row["heat_maps"][0]["branches"]]
+    shown = [shown[0], *shown[-1:]] if len(shown) > 1 else shown
+    if not shown:
+        return None
+    sources = [*shown[0]["heat_maps"][0]["branches"], "self"]
+    lines = [(row, heat) for row in shown for heat in row["heat_maps"]]
+    figure = Figure(figsize=(2.2 * (len(sources) + 1), 2.4 * len(lines)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(lines), len(sources) + 1, squeeze=False)
+    for (row, heat), line in zip(lines, axes):
+        image = read_image(conversations[row["index"]].images[0])
+        line[0].imshow(image)
+        line[0].set_ylabel(f"row {row['index']}\n“{heat['text']}” at {heat['token']}")
+        maps = {**heat["branches"], "self": heat["self_attention"]}
+        for ax, source in zip(line[1:], sources):
+            weights = np.array(maps[source]).reshape(row["grid"])
+            ax.imshow(image.convert("L"), cmap="gray", extent=(0, *image.size, 0))
+            ax.imshow(weights, cmap="Reds", alpha=0.65, vmin=0, extent=(0, *image.size, 0), interpolation="nearest")
+            label = "self-attention" if source == "self" else f"branch in layer {source}"
+            ax.set_title(f"{label}\nlargest {weights.max():.0%}", fontsize=9)
+        for ax in line:
+            ax.set_xticks([])
+            ax.set_yticks([])
+    return figure
+
+
+def _panels(number: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(max(4.6 * number, 6.5), height), dpi=100, layout="constrained")
+    return figure, list(figure.subplots(1, number, squeeze=False)[0])
+
+
+def _plain(ax: Axes) -> None:
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], colour: str, name: str) -> None:
+    """Means as a line with their intervals."""
+    low, high = zip(*(point["interval"] for point in points))
+    ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    ax.plot(x, [point["mean"] for point in points], color=colour, marker="o", markersize=4, linewidth=2, label=name)
+
+
+def _points(ax: Axes, x: list[float], bins: list[dict[str, Any]], colour: str, marker: str, name: str) -> None:
+    """Accuracies as points with their intervals."""
+    y = [span["accuracy"] for span in bins]
+    errors = [[max(y[k] - span["interval"][0], 0) for k, span in enumerate(bins)],
+              [max(span["interval"][1] - y[k], 0) for k, span in enumerate(bins)]]  # fmt: skip
+    ax.errorbar(x, y, yerr=errors, color=colour, marker=marker, linestyle="none", linewidth=1.5, label=name)
 
 
 def _has_distances(group: dict[str, Any]) -> bool:
@@ -80,7 +295,7 @@ def _plot_depth(ax: Axes, report: dict[str, Any], group: str, models: list[str])
 def _counts(bins: list[dict[str, Any]], what: str) -> str:
     fewest, most = min(result["n"] for result in bins), max(result["n"] for result in bins)
     count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"(a point: {count} {what}; shaded: 95% Wilson interval)"
+    return f"(a point: {count} {what}; shaded: 95% interval; thin: single runs)"
 
 
 def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -93,6 +308,8 @@ def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict
         low, high = zip(*(result["interval"] for result in bins))
         ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=2)
+        for run in zip(*(result.get("by_run", []) for result in bins)):
+            ax.plot(x, run, color=colour, linewidth=0.6, alpha=0.5)
         ends.append(y[-1])
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,13 +1,30 @@
-"""An evaluation as tables: for the terminal and for report.md. Every number comes from report.json's content."""
+"""An evaluation in words and tables: for the terminal and for report.md."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as RichTable
 
 from .knockouts import KNOCK_OUTS
 from .plots import bin_label
+from .probes import LONG_TEXT
+from .tables import (
+    attention_table,
+    branch_table,
+    branched,
+    compared,
+    depth_table,
+    difference,
+    difference_table,
+    distance_table,
+    group_tables,
+    intact_names,
+    knock_out_tables,
+    knocked_out,
+    length_table,
+    of_group,
+    overall_table,
+    runs_table,
+)
 
 
 CORRECT = {
@@ -18,121 +35,13 @@ CORRECT = {
 }
 
 
-@dataclass
-class Table:
-    """A title, column headings, and rows of texts."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        alignment = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [self.header, alignment, *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left")
-        for k, heading in enumerate(self.header):
-            table.add_column(heading, justify="right" if k else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-def share(result: dict[str, Any]) -> str:
-    """Accuracy and interval of a result, in per cent."""
-    if result["n"] == 0:
-        return "–"  # noqa: RUF001
-    low, high = result["interval"]
-    return f"{result['accuracy']:.1%} [{low:.0%}, {high:.0%}]"
-
-
-def difference(result: dict[str, Any]) -> str:
-    """Difference and interval of a comparison, in percentage points."""
-    values = (result["difference"], *result["interval"])
-    points, low, high = (f"{round(100 * value, 1) + 0:+.1f}" for value in values)  # + 0: no -0.0
-    return f"{points} [{low}, {high}]"
-
-
-def overall_table(report: dict[str, Any]) -> Table:
-    names = [model["name"] for model in report["models"]]
-    results = {"all": report["overall"]}
-    if len(report["groups"]) > 1:
-        by_group = {
-            group: {name: scores[name]["accuracy"] for name in names} for group, scores in report["groups"].items()
-        }
-        results = {**by_group, **results}
-    rows = [
-        [group, str(result[names[0]]["n"]), *(share(result[name]) for name in names)]
-        for group, result in results.items()
-    ]
-    return Table("Correct answers", ["questions", "n", *names], rows)
-
-
-def distance_table(report: dict[str, Any], group: str) -> Table | None:
-    """`None` if the distance does not vary in the group."""
-    scores = report["groups"][group]
-    bins = {name: results["by_distance"]["bins"] for name, results in scores.items()}
-    first = next(iter(bins.values()))
-    if len(first) < 2:
-        return None
-    rows = [
-        [bin_label(span), str(span["n"]), *(share(results[k]) for results in bins.values())]
-        for k, span in enumerate(first)
-    ]
-    without = {name: results["by_distance"]["without_image"] for name, results in scores.items()}
-    count = next(iter(without.values()))["n"]
-    if count:
-        rows.append(["no image", str(count), *(share(result) for result in without.values())])
-    return Table(f"Correct answers by distance{_of(group)}", ["distance", "n", *bins], rows)
-
-
-def depth_table(report: dict[str, Any], group: str) -> Table | None:
-    """`None` if no answer of the group has more than one piece."""
-    scores = report["groups"][group]
-    bins = {name: results["by_depth"]["bins"] for name, results in scores.items()}
-    first = next(iter(bins.values()))
-    if not first:
-        return None
-    rows = [
-        [bin_label(span), str(span["n"]), *(share(results[k]) for results in bins.values())]
-        for k, span in enumerate(first)
-    ]
-    everything = [results["by_depth"]["all"] for results in scores.values()]
-    # Pieces of one answer are not independent, so Wilson's interval would be too narrow for all of them together.
-    rows.append(["all", str(everything[0]["n"]), *(f"{result['accuracy']:.1%}" for result in everything)])
-    return Table(f"Correct pieces by depth{_of(group)}", ["depth", "n", *bins], rows)
-
-
-def difference_table(report: dict[str, Any], group: str) -> Table | None:
-    """`None` if there is one model only."""
-    comparisons = report["comparisons"][group]
-    if not comparisons:
-        return None
-    first = report["models"][0]["name"]
-    columns = list(comparisons.values())
-    rows = [["answers", str(columns[0]["answers"]["n"]), *(difference(column["answers"]) for column in columns)]]
-    if len(columns[0]["by_distance"]) > 1:
-        rows += [
-            [
-                f"answers at {bin_label(span)}",
-                str(span["n"]),
-                *(difference(column["by_distance"][k]) for column in columns),
-            ]
-            for k, span in enumerate(columns[0]["by_distance"])
-        ]
-    if columns[0]["pieces"]:
-        rows.append(["pieces", str(columns[0]["pieces"]["n"]), *(difference(column["pieces"]) for column in columns)])
-    header = ["of", "n", *(f"{name} − {first}" for name in comparisons)]  # noqa: RUF001
-    return Table(f"Percentage points{_of(group)}", header, rows)
-
-
 def checkpoint_lines(report: dict[str, Any]) -> list[str]:
     """For each model what class it was evaluated as, whether its branches are on, and what trained it."""
     lines = []
     for model in report["models"]:
-        line = f"{model['name']}: {model['model_class']}, {model['parameters']:,} parameters"
+        if model["knock_out"] != "nothing":
+            continue
+        line = f"{model['label']}: {model['model_class']}, {model['parameters']:,} parameters"
         if model["gates_on"] is not None:
             gates = ", ".join(f"layer {layer} {value:+.4f}" for layer, value in model["gates"].items())
             line += f", branches {'on' if model['gates_on'] else 'off'} (gates: {gates})"
@@ -143,22 +52,12 @@ def checkpoint_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _of(group: str) -> str:
-    return "" if group == "all" else f" ({group})"
-
-
-def _group_tables(report: dict[str, Any], make: Any) -> Iterator[Table]:
-    for group in report["groups"]:
-        table = make(report, group)
-        if table is not None:
-            yield table
-
-
 def rich_tables(report: dict[str, Any]) -> list[RichTable]:
     """What the terminal shows."""
     tables = [overall_table(report)]
-    tables += _group_tables(report, distance_table)
-    tables += _group_tables(report, depth_table)
+    tables += group_tables(report, distance_table)
+    tables += group_tables(report, depth_table)
+    tables += knock_out_tables(report)
     return [table.rich() for table in tables]
 
 
@@ -166,68 +65,277 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """Sentences on what a reader could otherwise take wrongly; empty if there is nothing of the kind."""
     sentences = []
     for model in report["models"]:
-        if model["gates_on"] is False:
-            sentences.append(f"All gates of {model['name']} are exactly 0: it computes what its base computes.")
+        if model["gates_on"] is False and model["knock_out"] == "nothing":
+            sentences.append(f"All gates of {model['label']} are exactly 0: it computes what its base computes.")
         if model["answers_cut"]:
             sentences.append(
-                f"{model['answers_cut']:,} of {report['rows']:,} answers of {model['name']} had not ended at the "
+                f"{model['answers_cut']:,} of {report['rows']:,} answers of {model['label']} had not ended at the "
                 "length limit and were cut there."
             )
     return sentences
 
 
-def markdown_report(report: dict[str, Any]) -> str:
-    """report.md: what was measured, how to read it, the picture, and the tables."""
-    arguments, names = report["arguments"], [model["name"] for model in report["models"]]
-    distances = list(_group_tables(report, distance_table))
-    depths = list(_group_tables(report, depth_table))
-    differences = list(_group_tables(report, difference_table))
-    intact = [model["name"] for model in report["models"] if model["knock_out"] == "nothing"]
+def findings(report: dict[str, Any]) -> list[str]:
+    """The report in sentences, by rule: a difference is one if its 95 % interval excludes zero."""
+    name = branched(report)
+    names = intact_names(report)
+    if name is None or len(names) + len(knocked_out(report, name)) < 2:
+        return []
+    sentences = []
+    for group in report["groups"]:
+        for other in names:
+            if other != name:
+                result = compared(report, group, name, other)
+                sentences.append(f"{name} against {other}{of_group(group)}: {_verdict(result['answers'])}")
+                sentences += _length_finding(result["by_length"], name, other, group)
+        for entry, kind in knocked_out(report, name).items():
+            result = compared(report, group, entry, name)["answers"]
+            sentences.append(f"{FINDING[kind].format(name=name)}{of_group(group)}: {_verdict(result)}")
+    return sentences
+
+
+# What a knock-out is called where its effect is told.
+FINDING = {
+    "branch_off": "{name} with its branches off, against intact",
+    "branch_alone": "{name} with one branch alone, against intact",
+    "blank_image": "{name} shown a gray image, against its own",
+    "another_image": "{name} shown another image, against its own",
+    "another_memory": "{name} with its branches reading another image, against its own",
+    "hidden_image": "{name} with its image visible to its branches alone, against intact",
+    "blind": "{name} without any sight of its image, against intact",
+}
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    if low > 0:
+        sign = "better by"
+    elif high < 0:
+        sign = "worse by"
+    else:
+        return f"no difference that {result['n']:,} questions could show, {difference(result)} points"
+    points, bounds = difference(result).lstrip("+-").split(" ", 1)
+    return f"{sign} {points} points {bounds}"
+
+
+def _length_finding(spans: list[dict[str, Any]], name: str, other: str, group: str) -> list[str]:
+    if len(spans) < 2:
+        return []
+    shortest, longest = (
+        f"{difference(span)} points in the {which} answers ({bin_label(span)} tokens)"
+        for span, which in ((spans[0], "shortest"), (spans[-1], "longest"))
+    )
+    return [f"{name} against {other}, by length{of_group(group)}: {shortest}, {longest}"]
+
+
+def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
+    """
+    report.md: what was found, what was measured, how to read it, pictures and tables.
+
+    Args:
+        report (`dict`): the content of report.json.
+        pictures (`dict`): file names by what they show, as [`draw_all`] returns them.
+    """
+    arguments, names = report["arguments"], intact_names(report)
+
+    def picture(what: str, alt: str) -> list[str]:
+        return [f"![{alt}]({pictures[what]})"] if what in pictures else []
+
     parts = [
-        f"# {', '.join(intact)} on {arguments['dataset_name']}",
+        f"# {', '.join(names)} on {arguments['dataset_name']}",
         f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} {report['rows']:,} questions "
-        f"(split `{arguments['dataset_split']}`), always with the most likely next token.",
-        "![Accuracy by distance and by depth](report.png)",
+        f"(split `{arguments['dataset_split']}`), always with the most likely next token.{_runs(report)}",
+        *picture("accuracy", "Accuracy by distance and by depth"),
+    ]
+    if found := findings(report):
+        parts += ["## In short", "Differences in percentage points of correct answers, with 95 % intervals:"]
+        parts += [_bullets(found)]
+    distances, depths, lengths = (
+        list(group_tables(report, make)) for make in (distance_table, depth_table, length_table)
+    )
+    parts += [
+        "## What this cannot tell",
+        _bullets(cautions(report)),
         "## How to read this",
-        reading_guide(report, bool(distances), bool(depths)),
+        reading_guide(report, bool(distances), bool(depths), bool(lengths)),
         *([_bullets(remarks(report))] if remarks(report) else []),
-        *knock_out_guide(report),
         "## Correct answers",
         overall_table(report).markdown(),
+        *([runs_table(report).markdown()] if runs_table(report) else []),
     ]
-    for heading, tables in (("By distance", distances), ("By depth", depths)):
+    for heading, tables in (("By distance", distances), ("By depth", depths), ("By length", lengths)):
         if tables:
             parts.append(f"## {heading}")
+        if heading == "By length":
+            parts += picture("lengths", "Accuracy by length")
         for table in tables:
             parts += [f"**{table.title}**", table.markdown()]
-    if differences:
-        parts += ["## Differences from the first model", difference_guide(names[0])]
-        for table in differences:
-            parts += [f"**{table.title}**", table.markdown()]
+    parts += _differences(report)
+    parts += _knock_outs(report, picture("knock_outs", "What each knock-out costs"))
+    parts += _inside(report, pictures)
     parts += ["## Checkpoints", checkpoint_guide(report), _bullets(checkpoint_lines(report))]
     parts += [
         "## How it was measured",
         _bullets(
-            [f"{m['name']}: `{m['path']}`, {m['dtype']}, answered in {m['seconds']:.0f} s" for m in report["models"]]
+            [f"{m['label']}: `{m['path']}`, {m['dtype']}, answered in {m['seconds']:.0f} s" for m in report["models"]]
         ),
         "Versions: " + ", ".join(f"{package} {number}" for package, number in report["versions"].items()) + ".",
         "Arguments: "
-        + ", ".join(f"`{key}: {value}`" for key, value in arguments.items() if value is not None and key != "model")
+        + ", ".join(
+            f"`{key}: {value}`"
+            for key, value in arguments.items()
+            if value is not None and key not in ("model", "names")
+        )
         + ".",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _runs(report: dict[str, Any]) -> str:
+    counts = {name: result["runs"] for name, result in report["overall"].items() if "runs" in result}
+    counts = {name: runs for name, runs in counts.items() if name in intact_names(report)}
+    if not counts:
+        return ""
+    return (
+        " Several runs of a method are reported together: "
+        + ", ".join(f"{runs} of {name}" for name, runs in counts.items())
+        + "."
+    )
+
+
+def cautions(report: dict[str, Any]) -> list[str]:
+    """What must not be concluded, from what was and was not varied."""
+    names = intact_names(report)
+    single = [name for name in names if "runs" not in report["overall"][name]]
+    trained = [name for name in single if any(m["name"] == name and m["step"] for m in report["models"])]
+    intervals = sum(
+        2 + len(entry["by_distance"]) + len(entry["by_length"])
+        for entries in report["comparisons"].values()
+        for entry in entries
+    )
+    sentences = ["One data set: what holds here need not hold elsewhere."]
+    if trained:
+        sentences.append(
+            f"{', '.join(trained)}: one training each. The intervals cover the choice of questions, not that of "
+            "training runs, which may differ by more."
+        )
+    if intervals > 10:
+        sentences.append(
+            f"About {intervals} differences are reported with 95 % intervals. Where nothing differs, one in twenty of "
+            "them excludes zero by chance."
+        )
+    sentences.append("That an interval includes zero is no proof that there is no difference: look at how wide it is.")
+    if report["probes"]:
+        rows = next(iter(report["probes"].values()))["rows"]
+        sentences.append(
+            f"What is seen inside comes from {rows} rows and the first run of each model. Attention that goes to the "
+            "image need not be used: what an answer rests on is told by knock-outs, not by heat maps."
+        )
+    if not any(knocked_out(report, name) for name in names):
+        sentences.append("Without knock-outs nothing is told about what the answers rest on (`--knock_outs`).")
+    return sentences
+
+
+def _differences(report: dict[str, Any]) -> list[str]:
+    first, name = intact_names(report)[0], branched(report)
+    parts = []
+    tables = list(group_tables(report, lambda report, group: difference_table(report, group, first)))
+    if tables:
+        parts += ["## Differences from the first model", difference_guide(first)]
+    for table in tables:
+        parts += [f"**{table.title}**", table.markdown()]
+    if name not in (None, first) and len(intact_names(report)) > 2:
+        parts.append(f"## Differences of {name} from each")
+        for group in report["groups"]:
+            table = difference_table(report, group, name, is_second=True)
+            parts += [f"**{table.title}**", table.markdown()]
+    return parts
+
+
+def _knock_outs(report: dict[str, Any], picture: list[str]) -> list[str]:
+    kinds = [kind for kind in KNOCK_OUTS if kind in {model["knock_out"] for model in report["models"]}]
+    if not kinds:
+        return []
+    parts = [
+        "## What was taken away",
+        "The same checkpoint answers the same questions with something missing. What it then gets wrong, it had from "
+        "there; what it still gets right, it had not.",
+        _bullets([f"**{kind.replace('_', ' ')}**: {KNOCK_OUTS[kind]}." for kind in kinds]),
+        *picture,
+    ]
+    for table in knock_out_tables(report):
+        parts += [f"**{table.title}**", table.markdown()]
+    return parts
+
+
+def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
+    """Attention, logit lens, gates: pictures with what they show."""
+    if not report["probes"]:
+        return []
+    rows, first = next(iter(report["probes"].values()))["rows"], intact_names(report)[0]
+    parts = [
+        "## Inside",
+        f"On {rows} of the questions each model was made to write the same text, {first}'s answer, and was looked at "
+        "wherever it predicts a token of it. Shaded: 95 % of resamples of these rows.",
+        "### Where self-attention goes",
+        "The share of a text token's self-attention that goes to visual tokens, a mean over heads and layers: on the "
+        f"left as an answer of at least {LONG_TEXT} tokens grows, in the middle by how many text tokens there are for "
+        "each visual one, on the right by layer. Dotted: what the image would get if every token got the same. The "
+        "paper bounds the share by a curve that falls like 1/t; the lines in the middle are fits of `share = 1 / (1 + "
+        "(x / half)^exponent)`, which is that curve where the exponent is 1.",
+    ]
+    if "attention" in pictures:
+        parts.append(f"![Share of self-attention on the image]({pictures['attention']})")
+    if table := attention_table(report):
+        parts += ["**Exponent**: 1 is the paper's 1/t, less is slower. **Half at**: text tokens per visual token at "
+                  "which half of the attention is on the image.", table.markdown()]  # fmt: skip
+    if "lens" in pictures:
+        parts += [
+            "### When the prediction is made",
+            "The distance (KL divergence, in nats) from the final prediction to that which the model's own last norm "
+            "and head would make of the stream after each layer (logit lens): low is near. In early layers this says "
+            "little: the stream there is not written in the head's language, and a large value means only that.",
+            f"![KL divergence by layer]({pictures['lens']})",
+        ]
+    if table := branch_table(report):
+        parts += [
+            "### What branches add",
+            "Root mean squares of what a branch and the FFN add to the residual stream at a text token, and of the "
+            "stream before. What a branch adds is normalised, so that its size is its gate's; a control without an "
+            "image has the same.",
+            table.markdown(),
+        ]
+        if "branches" in pictures:
+            parts.append(f"![Size of what branches add]({pictures['branches']})")
+    maps = {what.removeprefix("heat "): file for what, file in pictures.items() if what.startswith("heat ")}
+    if maps:
+        parts += [
+            "### What is looked at",
+            "For some tokens, about to be written: the attention of each branch over the image, and that of "
+            "self-attention (a mean over layers), each of sum 1. Strong red is much; the number is the largest share.",
+        ]
+        parts += [f"![Attention over the image of {name}]({file})" for name, file in maps.items()]
+    return parts
 
 
 def _bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool) -> str:
+def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool, has_lengths: bool) -> str:
     """One paragraph for each kind of number that the report has."""
     parts = [
         f"**Correct**: {CORRECT[report['arguments']['match']]}. Each entry "
-        "is the share of correct ones among n, and in brackets its 95% confidence interval (Wilson's)."
+        "is the share of correct ones among n, and in brackets its 95% confidence interval (Wilson's; where several "
+        "runs of a method are reported together, their mean, and the range of 95% of the means when questions and "
+        "runs are drawn again)."
     ]
+    if has_lengths:
+        parts.append(
+            f"**Length** is the number of tokens of {intact_names(report)[0]}'s answer, in quartiles: the same "
+            "questions for all models. Long answers with several pieces are harder for any model: compare models "
+            "within a row."
+        )
     if has_distances:
         parts.append(
             "**Distance** is the number of tokens between the last visual token and the first token of the answer: "
@@ -254,24 +362,11 @@ def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool)
     return "\n\n".join(parts)
 
 
-def knock_out_guide(report: dict[str, Any]) -> list[str]:
-    """What was taken from models, if anything was."""
-    kinds = [kind for kind in KNOCK_OUTS if kind in {model["knock_out"] for model in report["models"]}]
-    if not kinds:
-        return []
-    return [
-        "## What was taken away",
-        "The same checkpoint answers the same questions with something missing. What it then gets wrong, it had from "
-        "there; what it still gets right, it had not.",
-        _bullets([f"**{kind.replace('_', ' ')}**: {KNOCK_OUTS[kind]}." for kind in kinds]),
-    ]
-
-
 def difference_guide(first: str) -> str:
     return (
         f"Percentage points by which a model is better (+) or worse (-) than {first} on the same rows; in brackets, "
-        "the range of 95% of the differences when the rows are drawn again (paired bootstrap). It has no width where "
-        "the two agree on every row. It covers the choice of questions, not that of training runs."
+        "the range of 95% of the differences when the rows, and runs where there are several, are drawn again (paired "
+        "bootstrap). It has no width where the two agree on every row."
     )
 
 

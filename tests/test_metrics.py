@@ -1,5 +1,6 @@
 """The metrics, against numbers worked out by hand."""
 
+import numpy as np
 import pytest
 
 from pvm.answers import MATCHES, chosen_option, is_exact_match, is_same_math, is_same_number, is_same_option
@@ -8,9 +9,12 @@ from pvm.metrics import (
     Accuracy,
     AccuracyByDepth,
     AccuracyByDistance,
+    AccuracyByLength,
     depth_bins,
     distance_bins,
     paired_difference,
+    proportion,
+    quartile_bins,
     score_pieces,
     wilson_interval,
 )
@@ -96,22 +100,58 @@ def test_accuracy_by_depth_without_any_depth():
 
 def test_paired_difference():
     first, second = [[True]] * 50 + [[False]] * 50, [[True]] * 80 + [[False]] * 20
-    result = paired_difference(first, second)
+    result = paired_difference([first], [second])
     low, high = result["interval"]
     # 30 of 100 rows gained: the differences of resamples have a standard deviation of sqrt(.3 * .7 / 100) = .046.
     assert result["difference"] == pytest.approx(0.3)
     assert low == pytest.approx(0.3 - 1.96 * 0.0458, abs=0.02) and high == pytest.approx(0.3 + 1.96 * 0.0458, abs=0.02)
-    assert paired_difference(first, second) == result
-    assert paired_difference(first, first)["interval"] == [0.0, 0.0]
+    assert paired_difference([first], [second]) == result
+    assert paired_difference([first], [first])["interval"] == [0.0, 0.0]
+
+
+def test_several_runs_widen_the_interval_by_what_they_differ():
+    rng = np.random.default_rng(0)
+    alike = [(rng.random(400) < 0.5).tolist()] * 4
+    apart = [(rng.random(400) < share).tolist() for share in (0.2, 0.4, 0.6, 0.8)]
+    result, wider = proportion(alike), proportion(apart)
+    assert result["n"] == 400 and result["runs"] == 4 and result["by_run"] == [result["accuracy"]] * 4
+    # Equal runs are no more than one: its standard error is sqrt(.25 / 400) = .025.
+    assert np.diff(result["interval"])[0] == pytest.approx(2 * 1.96 * 0.025, rel=0.1)
+    # Of four runs with a standard deviation of .22, the mean has one of .11 beside that.
+    assert np.diff(wider["interval"])[0] == pytest.approx(2 * 1.96 * (0.112**2 + 0.02**2) ** 0.5, rel=0.15)
+
+    rows = [[[right] for right in run] for run in apart]
+    other = [[[True] for _ in range(400)]]
+    difference = paired_difference(rows, other)
+    assert difference["difference"] == pytest.approx(1 - wider["accuracy"])
+    assert np.diff(difference["interval"])[0] == pytest.approx(np.diff(wider["interval"])[0], rel=0.1)
+    # The same checkpoints with something taken away: runs are paired.
+    worse = [[[right and k >= 40] for k, (right,) in enumerate(run)] for run in rows]
+    paired, free = (paired_difference(rows, worse, same_runs=same)["interval"] for same in (True, False))
+    assert np.diff(paired)[0] < np.diff(free)[0] / 2
+
+
+def test_quartiles():
+    assert quartile_bins([1, 2, 3, 4, 5, 6, 7, 8]) == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    assert quartile_bins([2] * 6 + [9] * 2) == [(2, 2), (3, 9)]
+    assert quartile_bins([5, 5, 5]) == [(5, 5)]
+    result = AccuracyByLength(keep_in_memory=True).compute(
+        predictions=["1", "2", "x", "x"], references=["1", "2", "3", "4"], lengths=[1, 2, 30, 40]
+    )
+    assert [(span["low"], span["high"], span["correct"]) for span in result["bins"]] == [
+        (1, 1, 1), (2, 2, 1), (3, 30, 0), (31, 40, 0)]  # fmt: skip
 
 
 def test_paired_difference_resamples_rows_not_pieces():
     """Sixteen pieces that are right or wrong together tell no more than one."""
     rows = [[False]] * 20, [[True]] * 10 + [[False]] * 10
     pieces = [[row * 16 for row in model] for model in rows]
-    assert paired_difference(*pieces)["interval"] == paired_difference(*rows)["interval"]
+    assert (
+        paired_difference(*([model] for model in pieces))["interval"]
+        == paired_difference(*([model] for model in rows))["interval"]
+    )
     with pytest.raises(ValueError, match="same rows"):
-        paired_difference(pieces[0], rows[1])
+        paired_difference([pieces[0]], [rows[1]])
 
 
 # When an answer is right

@@ -38,6 +38,7 @@ LIST_BLOCKS = 480  # the backbone first learns where cells are
 TEST_FILLERS = (0, 64, 128, 256, 512, 1024)
 TEST_QUESTIONS = 240  # per filler length, one question a conversation
 TEST_READS = 64  # whole boards, no filler
+TEST_SPANS = 96  # parts of boards of every length, no filler
 
 
 def between(low: int, high: int, rng: np.random.Generator) -> int:
@@ -92,12 +93,14 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
 
 
 def test_rows(digits: world.Digits, rng: np.random.Generator) -> Iterator[dict]:
-    """The test conversations of both stages: single questions at every distance, whole boards read aloud."""
+    """The test conversations of both stages: questions at every distance, boards and parts of them read aloud."""
     for length in TEST_FILLERS:
         for _ in range(TEST_QUESTIONS):
             yield world.cell_row(digits, length, 1, rng)
     for _ in range(TEST_READS):
         yield world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)
+    for _ in range(TEST_SPANS):
+        yield {**world.read_row(digits, 0, *some_cells(world.SIDE**2, rng), rng), "task": "span"}
 
 
 def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: int | None = None) -> None:
@@ -108,7 +111,7 @@ def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: i
     splits = {
         "train": (number, train_rows(stage, world.Digits.load("train"), number, np.random.default_rng([seed, 0]))),
         "test": (
-            len(TEST_FILLERS) * TEST_QUESTIONS + TEST_READS,
+            len(TEST_FILLERS) * TEST_QUESTIONS + TEST_READS + TEST_SPANS,
             test_rows(world.Digits.load("test"), np.random.default_rng([seed, 1])),
         ),
     }

@@ -1,0 +1,117 @@
+"""The rows of a data set as questions: what a model is given, what it should answer, and where the image is."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .answers import MATCHES
+from .data import ConversationDataset
+from .errors import UserError
+from .formats import message_text
+from .sources import Conversations
+
+
+ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least
+QUESTION_TAIL = 200  # characters of the question that are written beside its answers
+KEPT_BYTES = 2**30  # of processed images kept between models; those beyond are processed again
+
+
+@dataclass
+class Question:
+    """
+    A row of the data set as it is scored.
+
+    row (`int`): index in the split.
+    group (`str`): its value in the `group_by` column, or "all".
+    question (`str`): the end of the last user turn.
+    reference (`str`): the last assistant turn.
+    depths (`list[int]`): token offsets, in the reference, of its scored pieces.
+    distance (`int` or `None`): tokens between the last visual token and the answer; `None` without an image.
+    """
+
+    row: int
+    group: str
+    question: str
+    reference: str
+    depths: list[int]
+    distance: int | None = None
+
+
+class Prompts:
+    """
+    The rows of a data set as inputs to generate from, made once for all models with the same processor.
+
+    Args:
+        conversations (`Conversations`): the rows.
+        processor (`ProcessorMixin`): of the model.
+    """
+
+    def __init__(self, conversations: Conversations, processor: ProcessorMixin):
+        self.dataset = ConversationDataset(conversations, processor, prompt_only=True)
+        self.lengths: list[int] = []
+        self.distances: list[int | None] = []
+        self.kept: list[dict[str, torch.Tensor] | None] = []
+        kept_bytes = 0
+        for index in tqdm(range(len(self.dataset)), desc="preparing", unit="row"):
+            example = self.dataset[index]
+            self.lengths.append(len(example["input_ids"]))
+            self.distances.append(image_distance(example["mm_token_type_ids"]))
+            kept_bytes += sum(value.nbytes for value in example.values())
+            self.kept.append(example if kept_bytes <= KEPT_BYTES else None)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.kept[index] or self.dataset[index]
+
+
+def image_distance(mm_token_type_ids: torch.Tensor) -> int | None:
+    """Tokens after the last visual token of a prompt (`[sequence]`, 0 is text); `None` if there is no such token."""
+    visual = mm_token_type_ids.nonzero()
+    return len(mm_token_type_ids) - 1 - int(visual[-1]) if len(visual) else None
+
+
+def piece_depths(text: str, pattern: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """For each match of `pattern` in `text`, how many tokens of `text` come before it."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ends = [end for _, end in offsets]
+    return [bisect_right(ends, match.start()) for match in re.finditer(pattern, text)]
+
+
+def read_questions(
+    conversations: Conversations, group_by: str | None, pattern: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """The questions of a data set that [`Prompts`] has been through, distances still missing."""
+    groups = ["all"] * len(conversations) if group_by is None else map(str, conversations.column(group_by))
+    questions = []
+    for row, group, conversation in zip(conversations.rows, groups, conversations):
+        users = [message for message in conversation.messages if message["role"] == "user"]
+        question = message_text(users[-1]) if users else ""
+        reference = message_text(conversation.messages[-1])
+        depths = piece_depths(reference, pattern, tokenizer)
+        questions.append(Question(row, group, question[-QUESTION_TAIL:], reference, depths))
+    return questions
+
+
+def check_references(questions: Sequence[Question], match: str, dataset_name: str) -> None:
+    """
+    Raises:
+        UserError: naming the row, if a reference is not of the kind that answers are compared with.
+    """
+    for question in questions:
+        try:
+            MATCHES[match]("", question.reference)
+        except UserError as error:
+            raise UserError(f"{dataset_name}, row {question.row}: {error}") from error
+
+
+def answer_limit(reference: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Tokens that an answer to compare with `reference` may have. A power of two, so that few kinds of batch arise and no
+    row's limit depends on its neighbours.
+    """
+    tokens = len(tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1  # the end of the turn is one
+    return 2 ** (tokens + ANSWER_MARGIN - 1).bit_length()

@@ -1,0 +1,145 @@
+"""From answers to results: every number that a report gives about right and wrong."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .answering import Answer
+from .answers import MATCHES
+from .metrics import (
+    Accuracy,
+    AccuracyByDepth,
+    AccuracyByDistance,
+    AccuracyByLength,
+    paired_difference,
+    score_pieces,
+)
+from .questions import Question
+
+
+@dataclass
+class Entry:
+    """
+    What the report has one name for: a checkpoint or several runs of a method; intact, or with something taken away.
+
+    name (`str`): in the report.
+    records (`list[list[dict]]` `[runs][rows]`): as [`make_records`] makes them.
+    intact (`str`, *optional*): the name of the entry that nothing was taken from, if something was from this one.
+    """
+
+    name: str
+    records: list[list[dict[str, Any]]]
+    intact: str | None = None
+
+    def rows(self, chosen: Sequence[int]) -> "Entry":
+        """The same of some rows only."""
+        return Entry(self.name, [[run[k] for k in chosen] for run in self.records], self.intact)
+
+
+def make_records(
+    questions: Sequence[Question], answers: Sequence[Answer], match: str = "exact"
+) -> list[dict[str, Any]]:
+    """The lines of a file of predictions."""
+    return [
+        {
+            **asdict(question),
+            **asdict(answer),
+            "correct": MATCHES[match](answer.prediction, question.reference),
+        }
+        for question, answer in zip(questions, answers)
+    ]
+
+
+def _texts(entry: Entry) -> dict[str, Any]:
+    records = [record for run in entry.records for record in run]
+    return {
+        "predictions": [record["prediction"] for record in records],
+        "references": [record["reference"] for record in records],
+        "runs": len(entry.records),
+    }
+
+
+def score(entry: Entry, lengths: Sequence[int], pattern: str, match: str = "exact") -> dict[str, Any]:
+    """All metrics of an entry. `lengths` `[rows]` are of the answers whose quartiles are reported."""
+    records, texts = [record for run in entry.records for record in run], _texts(entry)
+    distances, depths = [record["distance"] for record in records], [record["depths"] for record in records]
+    lengths = [*lengths] * len(entry.records)
+    by_distance, by_length = AccuracyByDistance(keep_in_memory=True), AccuracyByLength(keep_in_memory=True)
+    return {
+        "accuracy": Accuracy(keep_in_memory=True).compute(**texts, match=match),
+        "by_distance": by_distance.compute(**texts, distances=distances, match=match),
+        "by_length": by_length.compute(**texts, lengths=lengths, match=match),
+        "by_depth": AccuracyByDepth(keep_in_memory=True).compute(**texts, depths=depths, scored_pattern=pattern),
+    }
+
+
+def compare(
+    first: Entry, second: Entry, lengths: Sequence[int], bins: dict[str, list[dict[str, Any]]], pattern: str
+) -> dict[str, Any]:
+    """
+    What the second entry does better than the first on the same rows: `answers` correct, in all and in each bin of
+    `bins` (`by_distance`, `by_length`), and `pieces` of long answers.
+    """
+    same_runs = second.intact == first.name
+    outcomes = [[[[record["correct"]] for record in run] for run in entry.records] for entry in (first, second)]
+    values = {"by_distance": [record["distance"] for record in first.records[0]], "by_length": lengths}
+    binned = {}
+    for axis, spans in bins.items():
+        binned[axis] = []
+        for span in spans:
+            inside = [
+                k for k, value in enumerate(values[axis]) if value is not None and span["low"] <= value <= span["high"]
+            ]
+            parts = ([[run[k] for k in inside] for run in runs] for runs in outcomes)
+            binned[axis].append(
+                {"low": span["low"], "high": span["high"], **paired_difference(*parts, same_runs=same_runs)}
+            )
+    pieces = [
+        [
+            [
+                score_pieces(record["prediction"], record["reference"], pattern)
+                for record in run
+                if len(record["depths"]) > 1
+            ]
+            for run in entry.records
+        ]
+        for entry in (first, second)
+    ]
+    return {
+        "of": second.name,
+        "minus": first.name,
+        "answers": paired_difference(*outcomes, same_runs=same_runs),
+        **binned,
+        "pieces": paired_difference(*pieces, same_runs=same_runs) if pieces[0][0] else None,
+    }
+
+
+def score_all(entries: Sequence[Entry], pattern: str, match: str = "exact") -> dict[str, Any]:
+    """
+    The measured part of the report, from nothing but the records: `overall`, `groups` and `comparisons`, those of each
+    intact entry with all before it, and of what is left without something with what it was taken from. Quartiles of
+    length are those of the first entry's first answers, so that they hold the same questions for all.
+    """
+    first = entries[0].records[0]
+    report: dict[str, Any] = {
+        "overall": {
+            entry.name: Accuracy(keep_in_memory=True).compute(**_texts(entry), match=match) for entry in entries
+        },
+        "groups": {},
+        "comparisons": {},
+    }
+    pairs = [
+        (before.name, entry.name)
+        for k, entry in enumerate(entries)
+        for before in entries[:k]
+        if before.intact is None and entry.intact in (None, before.name)
+    ]
+    for group in dict.fromkeys(record["group"] for record in first):
+        chosen = [k for k, record in enumerate(first) if record["group"] == group]
+        lengths = [first[k]["length"] for k in chosen]
+        mine = {entry.name: entry.rows(chosen) for entry in entries}
+        report["groups"][group] = {name: score(entry, lengths, pattern, match) for name, entry in mine.items()}
+        scores = report["groups"][group][entries[0].name]
+        bins = {axis: scores[axis]["bins"] for axis in ("by_distance", "by_length")}
+        report["comparisons"][group] = [compare(mine[minus], mine[of], lengths, bins, pattern) for minus, of in pairs]
+    return report

@@ -1,0 +1,251 @@
+"""The tables of a report. Every number comes from report.json's content."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from .plots import bin_label
+
+
+@dataclass
+class Table:
+    """A title, column headings, and rows of texts."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        alignment = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [self.header, alignment, *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left")
+        for k, heading in enumerate(self.header):
+            table.add_column(heading, justify="right" if k else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def share(result: dict[str, Any]) -> str:
+    """Accuracy and interval of a result, in per cent."""
+    if result["n"] == 0:
+        return "–"  # noqa: RUF001
+    low, high = result["interval"]
+    return f"{result['accuracy']:.1%} [{low:.0%}, {high:.0%}]"
+
+
+def difference(result: dict[str, Any]) -> str:
+    """Difference and interval of a comparison, in percentage points."""
+    values = (result["difference"], *result["interval"])
+    points, low, high = (f"{round(100 * value, 1) + 0:+.1f}" for value in values)  # + 0: no -0.0
+    return f"{points} [{low}, {high}]"
+
+
+def intact_names(report: dict[str, Any]) -> list[str]:
+    """The entries that nothing was taken from, in order."""
+    return list(dict.fromkeys(model["name"] for model in report["models"] if model["knock_out"] == "nothing"))
+
+
+def knocked_out(report: dict[str, Any], name: str) -> dict[str, str]:
+    """For each entry with something taken from `name`, what it was."""
+    return {model["name"]: model["knock_out"] for model in report["models"] if model["intact"] == name}
+
+
+def branched(report: dict[str, Any]) -> str | None:
+    """The first entry with PVM branches, if there is one."""
+    return next((model["name"] for model in report["models"] if model["kind"] == "pvm"), None)
+
+
+def compared(report: dict[str, Any], group: str, of: str, minus: str) -> dict[str, Any]:
+    """The comparison of two entries in a group, whichever way round it was made."""
+    for entry in report["comparisons"][group]:
+        if (entry["of"], entry["minus"]) == (of, minus):
+            return entry
+        if (entry["of"], entry["minus"]) == (minus, of):
+            return {
+                "of": of,
+                "minus": minus,
+                "answers": _negative(entry["answers"]),
+                "by_distance": [_negative(span) for span in entry["by_distance"]],
+                "by_length": [_negative(span) for span in entry["by_length"]],
+                "pieces": entry["pieces"] and _negative(entry["pieces"]),
+            }
+    raise KeyError(f"{of} and {minus} were not compared in {group}.")
+
+
+def _negative(result: dict[str, Any]) -> dict[str, Any]:
+    low, high = result["interval"]
+    return {**result, "difference": -result["difference"], "interval": [-high, -low]}
+
+
+def overall_table(report: dict[str, Any]) -> Table:
+    names = intact_names(report)
+    results = {"all": report["overall"]}
+    if len(report["groups"]) > 1:
+        by_group = {
+            group: {name: scores[name]["accuracy"] for name in names} for group, scores in report["groups"].items()
+        }
+        results = {**by_group, **results}
+    rows = [
+        [group, str(result[names[0]]["n"]), *(share(result[name]) for name in names)]
+        for group, result in results.items()
+    ]
+    return Table("Correct answers", ["questions", "n", *names], rows)
+
+
+def runs_table(report: dict[str, Any]) -> Table | None:
+    """Every run's own share of correct answers, by group; `None` if no entry has several."""
+    rows = []
+    for name in intact_names(report):
+        for group, scores in report["groups"].items():
+            result = scores[name]["accuracy"]
+            if "by_run" in result:
+                rows.append([name, group, ", ".join(f"{accuracy:.1%}" for accuracy in result["by_run"])])
+    return Table("Each run", ["method", "questions", "runs"], rows) if rows else None
+
+
+def _axis_table(report: dict[str, Any], group: str, axis: str, title: str, heading: str) -> Table | None:
+    scores = report["groups"][group]
+    bins = {name: scores[name][axis]["bins"] for name in intact_names(report)}
+    first = next(iter(bins.values()))
+    if len(first) < 2:
+        return None
+    rows = [
+        [bin_label(span), str(span["n"]), *(share(results[k]) for results in bins.values())]
+        for k, span in enumerate(first)
+    ]
+    return Table(f"{title}{of_group(group)}", [heading, "n", *bins], rows)
+
+
+def distance_table(report: dict[str, Any], group: str) -> Table | None:
+    """`None` if the distance does not vary in the group."""
+    table = _axis_table(report, group, "by_distance", "Correct answers by distance", "distance")
+    without = [report["groups"][group][name]["by_distance"]["without_image"] for name in intact_names(report)]
+    if table is not None and without[0]["n"]:
+        table.rows.append(["no image", str(without[0]["n"]), *(share(result) for result in without)])
+    return table
+
+
+def length_table(report: dict[str, Any], group: str) -> Table | None:
+    """`None` if the answers of the group are all about as long."""
+    return _axis_table(report, group, "by_length", "Correct answers by length", "length")
+
+
+def depth_table(report: dict[str, Any], group: str) -> Table | None:
+    """`None` if no answer of the group has more than one piece."""
+    scores = report["groups"][group]
+    bins = {name: scores[name]["by_depth"]["bins"] for name in intact_names(report)}
+    first = next(iter(bins.values()))
+    if not first:
+        return None
+    rows = [
+        [bin_label(span), str(span["n"]), *(share(results[k]) for results in bins.values())]
+        for k, span in enumerate(first)
+    ]
+    everything = [scores[name]["by_depth"]["all"] for name in bins]
+    # Pieces of one answer are not independent, so Wilson's interval would be too narrow for all of them together.
+    rows.append(["all", str(everything[0]["n"]), *(f"{result['accuracy']:.1%}" for result in everything)])
+    return Table(f"Correct pieces by depth{of_group(group)}", ["depth", "n", *bins], rows)
+
+
+def difference_table(report: dict[str, Any], group: str, reference: str, is_second: bool = False) -> Table | None:
+    """
+    What each other intact entry does better than `reference`, or `reference` than each other (`is_second`); `None` if
+    there is no other.
+    """
+    others = [name for name in intact_names(report) if name != reference]
+    if not others:
+        return None
+    pairs = [(reference, name) if is_second else (name, reference) for name in others]
+    columns = [compared(report, group, of, minus) for of, minus in pairs]
+    rows = [["answers", str(columns[0]["answers"]["n"]), *(difference(column["answers"]) for column in columns)]]
+    for axis, where in (("by_distance", "answers at"), ("by_length", "answers of length")):
+        spans = columns[0][axis]
+        for k, span in enumerate(spans if len(spans) > 1 else []):
+            label = f"{where} {bin_label(span)}"
+            rows.append([label, str(span["n"]), *(difference(column[axis][k]) for column in columns)])
+    if columns[0]["pieces"]:
+        rows.append(["pieces", str(columns[0]["pieces"]["n"]), *(difference(column["pieces"]) for column in columns)])
+    header = ["of", "n", *(f"{of} − {minus}" for of, minus in pairs)]  # noqa: RUF001
+    return Table(f"Percentage points{of_group(group)}", header, rows)
+
+
+def knock_out_table(report: dict[str, Any], group: str, name: str) -> Table:
+    """What is left of an entry when something is taken away: by distance where that varies, and in all."""
+    scores = report["groups"][group]
+    bins = scores[name]["by_distance"]["bins"]
+    bins = bins if len(bins) > 1 else []
+    header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "lost or won"]
+    rows = []
+    for entry in (name, *knocked_out(report, name)):
+        accuracies = [scores[entry]["by_distance"]["bins"][k]["accuracy"] for k in range(len(bins))]
+        accuracies.append(scores[entry]["accuracy"]["accuracy"])
+        lost = "" if entry == name else difference(compared(report, group, entry, name)["answers"])
+        what = "intact" if entry == name else entry.removeprefix(f"{name} - ")
+        rows.append([what, *(f"{accuracy:.1%}" for accuracy in accuracies), lost])
+    return Table(f"{name}{of_group(group)}", header, rows)
+
+
+def attention_table(report: dict[str, Any]) -> Table | None:
+    """How fast self-attention leaves the image, by model; `None` if nothing was probed where distances vary."""
+    rows = []
+    for name, probes in report["probes"].items():
+        decay = probes["attention"]["decay"]
+        if decay is not None:
+            (low, high), (near, far) = decay["exponent_interval"], decay["half_interval"]
+            rows.append(
+                [
+                    name,
+                    str(probes["rows"]),
+                    f"{decay['exponent']:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{decay['half']:.2f} [{near:.2f}, {far:.2f}]",
+                ]
+            )
+    return Table("Decay of attention to the image", ["model", "rows", "exponent", "half at"], rows) if rows else None
+
+
+def branch_table(report: dict[str, Any]) -> Table | None:
+    """What branches add, beside what is there; `None` if no probed model has any."""
+    rows = []
+    for name, probes in report["probes"].items():
+        gates = next(model["gates"] for model in report["models"] if model["name"] == name)
+        for layer, injected in probes["injected"].items():
+            residual, ffn = (probes[key][int(layer)]["mean"] for key in ("residual", "ffn"))
+            rows.append(
+                [
+                    name,
+                    layer,
+                    f"{gates[layer]:+.4f}",
+                    f"{injected['mean']:.3f}",
+                    f"{ffn:.3f}",
+                    f"{residual:.3f}",
+                    f"{injected['mean'] / residual:.1%}",
+                ]
+            )
+    header = ["model", "layer", "gate", "branch adds", "FFN adds", "stream", "branch : stream"]
+    return Table("Size of what branches add", header, rows) if rows else None
+
+
+def of_group(group: str) -> str:
+    return "" if group == "all" else f" ({group})"
+
+
+def group_tables(report: dict[str, Any], make: Any) -> Iterator[Table]:
+    for group in report["groups"]:
+        table = make(report, group)
+        if table is not None:
+            yield table
+
+
+def knock_out_tables(report: dict[str, Any]) -> list[Table]:
+    return [
+        knock_out_table(report, group, name)
+        for name in intact_names(report)
+        if knocked_out(report, name)
+        for group in report["groups"]
+    ]

@@ -1,0 +1,73 @@
+"""What an interrupted evaluation has done so far, so that the same line goes on with it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+SETTINGS = "settings.json"
+
+
+class Unfinished:
+    """
+    The folder in which an evaluation keeps its parts until the report is written.
+
+    Args:
+        folder (`Path`): made if it is not there.
+        settings (`dict`): what must be the same for parts to belong together, as JSON has it.
+
+    Raises:
+        UserError: if the folder holds parts of another evaluation.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        settings = json.loads(json.dumps(settings))
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / SETTINGS
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
+        different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        if different:
+            raise UserError(
+                f"{folder} holds an evaluation that was interrupted, and its {', '.join(different)} "
+                f"{'was' if len(different) == 1 else 'were'} other than now. Give the same line to go on with it, or "
+                "--overwrite true to begin anew, or choose another --output_dir."
+            )
+        self._write(file, settings)
+
+    def journal(self, label: str) -> Path:
+        """A file to add to while a part is in the making."""
+        return self.folder / f"{label}.jsonl"
+
+    def load(self, label: str) -> Any:
+        """A part that is complete, or `None`."""
+        file = self.folder / f"{label}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def save(self, label: str, part: Any) -> None:
+        """Keep a complete part."""
+        self._write(self.folder / f"{label}.json", part)
+        self.journal(label).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Forget everything: the report is written."""
+        shutil.rmtree(self.folder)
+
+    def _write(self, file: Path, content: Any) -> None:
+        # Under its name only once it is whole.
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def files_of(checkpoint: str) -> list[list[Any]] | None:
+    """Names, sizes and times of a local checkpoint's files: another training in the same folder has others."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return None
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
