@@ -57,6 +57,7 @@ from pvm.report import checkpoint_lines, findings, markdown_report, remarks, ric
 from pvm.scoring import Entry, make_records, score_all
 from pvm.sources import Conversations, load_conversations
 from pvm.unfinished import Unfinished, files_of
+from pvm.variants import VARIANTS, WITH_MEMORY
 
 
 MAX_GROUPS = 8
@@ -243,7 +244,8 @@ def check(arguments: EvalArguments) -> list[Model]:
         raise UserError(f"--scored_pattern {arguments.scored_pattern}: no regular expression: {error}.") from error
     kinds = {checkpoint_kind(path) for path in arguments.model}
     for kind in arguments.knock_outs:
-        if (kind in NEEDS_BRANCHES and not kinds & {"pvm", "mlp"}) or (kind in NEEDS_MEMORY and "pvm" not in kinds):
+        takers = WITH_MEMORY if kind in NEEDS_MEMORY else ("pvm", *VARIANTS)
+        if kind in NEEDS_BRANCHES and not kinds & set(takers):
             raise UserError(f"--knock_outs {kind}: none of the models has PVM branches to take it from.")
     return models
 
@@ -293,7 +295,7 @@ class Evaluation:
         for model in self.models:
             checkpoint = None
             layers = branch_layers(model.path)
-            reads_images = checkpoint_kind(model.path) == "pvm"
+            reads_images = checkpoint_kind(model.path) in WITH_MEMORY
             for knock_out in knock_outs(self.arguments.knock_outs, layers, reads_images):
                 label = f"{model.label}{knock_out.name}"
                 part = self.unfinished.load(label)

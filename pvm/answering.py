@@ -46,7 +46,8 @@ def read_journal(file: Path) -> dict[int, Answer]:
             entry = json.loads(line)
         except ValueError:
             break
-        answers[entry.pop("row")] = Answer(**entry)
+        row = entry.pop("row")
+        answers[row] = Answer(**entry)
     return answers
 
 

@@ -23,10 +23,11 @@ from transformers.utils import CONFIG_NAME
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 
-from .controls import ParallelMLPConfig
 from .errors import UserError
 from .methods import count_parameters, public_name
-from .report import checkpoint_lines, difference_guide, difference_table, distance_table, overall_table, remarks
+from .report import checkpoint_lines, difference_guide, remarks
+from .tables import difference_table, distance_table, overall_table
+from .variants import VARIANTS
 
 
 RECORD, CARD, TEMPLATE = "training.json", "README.md", Path(__file__).with_name("model_card.md")
@@ -36,9 +37,11 @@ METHODS = {
     "pvm": "PVM branches, trained in a frozen backbone",
     "pvm+lora": "PVM branches and LoRA adapters of the language model, trained together",
     "mlp": "a control for PVM: branches with as many parameters that read no image",
+    "token_gate": "an experiment: PVM branches whose gate depends on the token",
     "lora": "a control for PVM: LoRA adapters of the language model",
     "full": "a control for PVM: the model with all its weights trained on",
 }
+VARIANT_TYPES = [model_class.config_class.model_type for model_class in VARIANTS.values()]
 LIMITS = """\
 - A branch lets text read the image directly; whether that helps is what the results show. It makes nothing that the
   model says true: check answers that matter.
@@ -155,7 +158,7 @@ def _summary(record: dict, mark: dict, base: str | None, is_part: bool) -> str:
 
 
 def _loading(kind: str | None, is_part: bool, name: str) -> str:
-    if kind == ParallelMLPConfig.model_type:
+    if kind in VARIANT_TYPES:
         return f'from pvm.checkpoints import load_checkpoint\n\ncheckpoint = load_checkpoint("{name}")'
     code = ", trust_remote_code=True" if kind == Qwen3VLPVMConfig.model_type else ""
     return (
@@ -166,7 +169,7 @@ def _loading(kind: str | None, is_part: bool, name: str) -> str:
 
 
 def _loading_note(kind: str | None, is_part: bool) -> str:
-    if kind == ParallelMLPConfig.model_type:
+    if kind in VARIANT_TYPES:
         return "A control for comparisons; only the project that trained it loads it."
     notes = []
     if kind == Qwen3VLPVMConfig.model_type:
@@ -265,7 +268,7 @@ def _results(entry: dict[str, Any]) -> str:
         overall_table(report).markdown(),
     ]
     for group in report["groups"]:
-        for table in (distance_table(report, group), difference_table(report, group)):
+        for table in (distance_table(report, group), difference_table(report, group, first)):
             if table is not None:
                 parts += [f"**{table.title}**", table.markdown()]
     if len(report["models"]) > 1:

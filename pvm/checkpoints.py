@@ -22,15 +22,15 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 
-from .controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from .errors import UserError
 from .methods import load_weights, pvm_blocks, stored_config
+from .variants import VARIANTS
 
 
 MODEL_CLASS = {
     "stock": AutoModelForImageTextToText,
     "pvm": Qwen3VLPVMForConditionalGeneration,
-    "mlp": ParallelMLPForConditionalGeneration,
+    **VARIANTS,
 }
 
 
@@ -40,7 +40,7 @@ class Description:
     What a checkpoint is.
 
     path (`str`): folder or Hub name.
-    kind (`str`): "stock", "pvm", "mlp" (the control whose branches read no image) or "adapter".
+    kind (`str`): "stock", "pvm", a variant of it ("mlp", "token_gate") or "adapter".
     model_class (`str`): the class that is evaluated.
     base (`str` or `None`): what an adapter was loaded onto.
     method, step: what trained it and for how long, where the checkpoint says so.
@@ -80,7 +80,7 @@ class Checkpoint:
 
 def checkpoint_kind(path: str, revision: str = "main") -> str:
     """
-    What kind of checkpoint a folder or Hub name is, from its config files alone: "stock", "pvm", "mlp" or "adapter".
+    What kind of checkpoint a folder or Hub name is, from its config files alone: see [`Description`].
 
     Raises:
         UserError: if it is none of these, or not to be found.
@@ -94,19 +94,20 @@ def checkpoint_kind(path: str, revision: str = "main") -> str:
     model_type, architectures = stored.get("model_type"), stored.get("architectures")
     if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
         return "pvm"
-    if model_type == ParallelMLPConfig.model_type:
-        return "mlp"
+    for kind, model_class in VARIANTS.items():
+        if model_type == model_class.config_class.model_type:
+            return kind
     if model_type != "qwen3_vl":
         raise UserError(
             f"{path} has the model type {model_type!r}. Supported are dense Qwen3-VL (`qwen3_vl`), PVM "
-            f"(`{Qwen3VLPVMConfig.model_type}`), its control (`{ParallelMLPConfig.model_type}`) and PEFT adapters."
+            f"(`{Qwen3VLPVMConfig.model_type}`), its variants in pvm/variants.py, and PEFT adapters."
         )
     return "stock"
 
 
 def branch_layers(path: str) -> list[int]:
-    """The decoder layers that have a branch, as the config of a PVM checkpoint or its control says; else empty."""
-    if checkpoint_kind(path) not in ("pvm", "mlp"):
+    """The decoder layers that have a branch, as the config of a PVM checkpoint or a variant says; else empty."""
+    if checkpoint_kind(path) not in ("pvm", *VARIANTS):
         return []
     return stored_config(path)["text_config"]["pvm_layers"]
 

@@ -35,6 +35,7 @@ from .card import RECORD, write_card
 from .checkpoints import MODEL_CLASS, checkpoint_kind, load_processor
 from .errors import UserError
 from .methods import load_weights
+from .variants import VARIANTS
 
 
 def load_merged(name: str, revision: str, kind: str) -> Qwen3VLPVMForConditionalGeneration:
@@ -123,7 +124,7 @@ def convert(args: Namespace) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty, and would be overwritten. Name another folder.")
     kind = checkpoint_kind(name, args.revision)
-    if kind not in ("pvm", "mlp") or (kind == "mlp" and args.to == "reference"):
+    if kind not in ("pvm", *VARIANTS) or (kind in VARIANTS and args.to == "reference"):
         raise UserError(f"{name} is of the kind {kind}, and cannot be made {args.to}: only PVM checkpoints can.")
     model = load_merged(name, args.revision, kind)
     if args.to == "adapter":

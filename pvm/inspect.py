@@ -35,10 +35,17 @@ from modeling_qwen3vl_pvm import MAX_GATE
 from .card import RECORD
 from .checkpoints import MODEL_CLASS, checkpoint_kind
 from .errors import UserError
+from .variants import VARIANTS
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-KINDS = {"stock": "stock Qwen3-VL", "pvm": "PVM", "mlp": "parallel MLP, a control", "adapter": "PEFT adapter"}
+KINDS = {
+    "stock": "stock Qwen3-VL",
+    "pvm": "PVM",
+    "mlp": "parallel MLP, a control",
+    "token_gate": "PVM with token-wise gates",
+    "adapter": "PEFT adapter",
+}
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 CODE = ("configuration_qwen3vl_pvm.py", "modeling_qwen3vl_pvm.py")
 
@@ -119,7 +126,7 @@ def inspect(name: str, revision: str = "main") -> Inspection:
         found.base, found.base_revision = peft.get("base_model_name_or_path"), peft.get("revision")
         if "adapter_model.safetensors" not in files.sizes:
             found.problems.append("There is no adapter_model.safetensors.")
-    if kind in ("pvm", "mlp"):
+    if kind in ("pvm", *VARIANTS):
         found.base, found.base_revision = config.get("base_model_name_or_path"), config.get("base_model_revision")
         found.kind += ", an adapter" if found.base else ", whole"
         found.kind += " with LoRA" if config.get("peft_adapter") else ""

@@ -17,17 +17,17 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
 
-from .controls import ParallelMLPForConditionalGeneration
 from .errors import UserError
+from .variants import VARIANTS
 
 
-METHODS = ("pvm", "lora", "pvm+lora", "mlp", "full")
+METHODS = ("pvm", "lora", "pvm+lora", *VARIANTS, "full")
 # What peft calls the module that it copied and now keeps unused beside the trained copy.
 PEFT_ORIGINAL = ".original_module"
 BRANCHED = {
     "pvm": Qwen3VLPVMForConditionalGeneration,
     "pvm+lora": Qwen3VLPVMForConditionalGeneration,
-    "mlp": ParallelMLPForConditionalGeneration,
+    **VARIANTS,
 }
 # The linear layers of the decoder; not the vision tower's, whose layers are named otherwise.
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -43,7 +43,7 @@ class ModelArguments:
         metadata={
             "help": "What trains: `pvm` the branches, `lora` adapters on the language model's linear layers, "
             "`pvm+lora` both; and, as controls, `mlp` branches with as many parameters that read no image, `full` "
-            "every parameter.",
+            "every parameter. `token_gate`: branches whose gate depends on the token, an experiment.",
             "choices": METHODS,
         },
     )
@@ -100,7 +100,7 @@ class ModelArguments:
     @property
     def has_branches(self) -> bool:
         """Whether the method puts branches into the decoder."""
-        return self.method in ("pvm", "pvm+lora", "mlp")
+        return self.method in BRANCHED
 
     @property
     def has_lora(self) -> bool:

@@ -66,6 +66,9 @@ def proportion(outcomes: Sequence[bool] | Sequence[Sequence[bool]]) -> dict[str,
     result["accuracy"] = float(table.mean())
     if runs == 1:
         return {**result, "interval": list(wilson_interval(result["correct"], n))}
+    if table.min() == table.max():  # resamples of equal outcomes would say that nothing is uncertain
+        interval = list(wilson_interval(int(table.max()) * n, n))
+        return {**result, "interval": interval, "runs": runs, "by_run": table.mean(axis=1).tolist()}
     means = _resampled_means(table, np.ones(n), draws(runs, stream=1))
     return {**result, "interval": _central_95(means), "runs": runs, "by_run": table.mean(axis=1).tolist()}
 

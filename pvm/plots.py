@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from .data import read_image
 from .sources import Conversations
@@ -109,16 +109,18 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
     groups = list(report["groups"])
     figure, axes = _panels(len(groups), height=1.6 + 0.32 * len(entries))
     for ax, group in zip(axes, groups):
-        found = {entry["of"]: entry["answers"] for entry in report["comparisons"][group] if entry["of"] in entries}
+        found = {entry["of"]: entry for entry in report["comparisons"][group] if entry["of"] in entries}
         for place, (name, intact) in enumerate(reversed(entries.items())):
-            low, high = found[name]["interval"]
-            ax.plot([low, high], [place, place], color=colours[intact], linewidth=2)
-            ax.plot([found[name]["difference"]], [place], color=colours[intact], marker="o")
+            for what, shift, face in (("answers", 0.12, colours[intact]), ("pieces", -0.12, "white")):
+                if result := found[name][what]:
+                    height = [place + shift] * 2
+                    ax.plot(result["interval"], height, color=colours[intact], linewidth=1.5)
+                    ax.plot([result["difference"]], height[:1], "o", color=colours[intact], markerfacecolor=face)
         ax.axvline(0, color="#888888", linewidth=1)
         ax.set_yticks(range(len(entries)), list(reversed(entries)) if ax is axes[0] else [""] * len(entries))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_title(_title("Lost or won by a knock-out", group))
-        ax.set_xlabel("correct answers, against the intact model (bars: 95%)")
+        ax.set_xlabel("correct answers (open: pieces), against the intact model\n(bars: 95% intervals)")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -129,6 +131,9 @@ def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None
     if not probes:
         return None
     figure, (position, ratio, layer) = _panels(3)
+    for ax in (position, ratio):
+        ax.set_xscale("log", base=2)
+    ratio.set_yscale("log")
     for name, summary in probes.items():
         attention, colour = summary["attention"], colours[name]
         if attention["by_position"]:
@@ -140,8 +145,7 @@ def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None
             fit = 1 / (1 + (fine / attention["decay"]["half"]) ** attention["decay"]["exponent"])
             ratio.plot(fine, fit, color=colour, linewidth=1, linestyle="--")
         _band(layer, range(len(attention["by_layer"])), attention["by_layer"], colour, name)
-    fine = np.geomspace(*ratio.get_xlim(), 50) if ratio.get_xlim()[0] > 0 else np.geomspace(0.1, 100, 50)
-    ratio.set_xlim(ratio.get_xlim())
+    fine = np.geomspace(*ratio.get_xlim(), 50)
     ratio.plot(fine, 1 / (1 + fine), color="#888888", linestyle=":")
     for ax, title, label in (
         (position, "As the answer grows", "tokens of the answer"),
@@ -152,13 +156,13 @@ def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None
             ax.set_axis_off()
             continue
         if ax is not layer:
-            ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if ax is ratio:
-            ax.set_yscale("log")
-        else:
+        if ax is not ratio:
             ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if ax is not ratio else 1))
+        else:
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_title(title)
         ax.set_xlabel(label)
         _plain(ax)

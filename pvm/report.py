@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from .knockouts import KNOCK_OUTS
+from .methods import public_name
 from .plots import bin_label
 from .probes import LONG_TEXT
 from .tables import (
@@ -48,7 +49,7 @@ def checkpoint_lines(report: dict[str, Any]) -> list[str]:
         if model["method"] or model["step"]:
             line += f", trained by {model['method']}" if model["method"] else ", trained"
             line += f" for {model['step']:,} steps" if model["step"] is not None else ""
-        lines.append(f"{line}, on {model['base']}" if model["base"] else line)
+        lines.append(f"{line}, on {public_name(model['base'])['name']}" if model["base"] else line)
     return lines
 
 
@@ -57,7 +58,6 @@ def rich_tables(report: dict[str, Any]) -> list[RichTable]:
     tables = [overall_table(report)]
     tables += group_tables(report, distance_table)
     tables += group_tables(report, depth_table)
-    tables += knock_out_tables(report)
     return [table.rich() for table in tables]
 
 
@@ -86,10 +86,10 @@ def findings(report: dict[str, Any]) -> list[str]:
         for other in names:
             if other != name:
                 result = compared(report, group, name, other)
-                sentences.append(f"{name} against {other}{of_group(group)}: {_verdict(result['answers'])}")
+                sentences.append(f"{name} against {other}{of_group(group)}: {_verdict(result)}")
                 sentences += _length_finding(result["by_length"], name, other, group)
         for entry, kind in knocked_out(report, name).items():
-            result = compared(report, group, entry, name)["answers"]
+            result = compared(report, group, entry, name)
             sentences.append(f"{FINDING[kind].format(name=name)}{of_group(group)}: {_verdict(result)}")
     return sentences
 
@@ -106,14 +106,19 @@ FINDING = {
 }
 
 
-def _verdict(result: dict[str, Any]) -> str:
+def _verdict(entry: dict[str, Any]) -> str:
+    kinds = [kind for kind in ("answers", "pieces") if entry[kind]]
+    return "; ".join(f"{'of its pieces ' * (kind == 'pieces')}{_direction(entry[kind], kind)}" for kind in kinds)
+
+
+def _direction(result: dict[str, Any], what: str) -> str:
     low, high = result["interval"]
     if low > 0:
         sign = "better by"
     elif high < 0:
         sign = "worse by"
     else:
-        return f"no difference that {result['n']:,} questions could show, {difference(result)} points"
+        return f"no difference that {result['n']:,} {what} could show, {difference(result)} points"
     points, bounds = difference(result).lstrip("+-").split(" ", 1)
     return f"{sign} {points} points {bounds}"
 
@@ -142,7 +147,7 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
         return [f"![{alt}]({pictures[what]})"] if what in pictures else []
 
     parts = [
-        f"# {', '.join(names)} on {arguments['dataset_name']}",
+        f"# {', '.join(names)} on {report['dataset']['name']}",
         f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} {report['rows']:,} questions "
         f"(split `{arguments['dataset_split']}`), always with the most likely next token.{_runs(report)}",
         *picture("accuracy", "Accuracy by distance and by depth"),

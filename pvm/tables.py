@@ -180,14 +180,21 @@ def knock_out_table(report: dict[str, Any], group: str, name: str) -> Table:
     scores = report["groups"][group]
     bins = scores[name]["by_distance"]["bins"]
     bins = bins if len(bins) > 1 else []
+    pieces = scores[name]["by_depth"]["all"]["n"]
     header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "lost or won"]
+    header += [f"{pieces} pieces", "lost or won"] if pieces else []
     rows = []
     for entry in (name, *knocked_out(report, name)):
         accuracies = [scores[entry]["by_distance"]["bins"][k]["accuracy"] for k in range(len(bins))]
         accuracies.append(scores[entry]["accuracy"]["accuracy"])
-        lost = "" if entry == name else difference(compared(report, group, entry, name)["answers"])
         what = "intact" if entry == name else entry.removeprefix(f"{name} - ")
-        rows.append([what, *(f"{accuracy:.1%}" for accuracy in accuracies), lost])
+        lost = None if entry == name else compared(report, group, entry, name)
+        rows.append(
+            [what, *(f"{accuracy:.1%}" for accuracy in accuracies), difference(lost["answers"]) if lost else ""]
+        )
+        if pieces:
+            rows[-1] += [f"{scores[entry]['by_depth']['all']['accuracy']:.1%}"]
+            rows[-1] += [difference(lost["pieces"]) if lost else ""]
     return Table(f"{name}{of_group(group)}", header, rows)
 
 

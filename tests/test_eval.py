@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
 import runpy
+import shutil
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,25 @@ from datasets import Image as DatasetImage
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 import eval as eval_script
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm import questions as questions_module
+from pvm.answering import answer, make_batches
 from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.methods import LORA_TARGETS, pvm_blocks
+from pvm.questions import Prompts, read_questions
+from pvm.scoring import Entry, score_all
 from pvm.sources import load_conversations
 
 
@@ -222,10 +235,10 @@ def test_distance_and_depths(base, data):
 
     near, far, read = (tokens_after_image(question) for question in ("Cell?", f"{FILLER}Cell?", "Read."))
     assert far > near + 30
-    prompts = eval_script.Prompts(rows, processor)
+    prompts = Prompts(rows, processor)
     assert prompts.distances == [near] * 3 + [far] * 3 + [read] * 5 + [None]
 
-    questions = eval_script.read_questions(rows, "task", r"\d", tokenizer)
+    questions = read_questions(rows, "task", r"\d", tokenizer)
     assert questions[0].depths == [0] and questions[0].reference == "0" and questions[0].question == "Cell?"
     answer = questions[6]
     assert answer.group == "read" and answer.reference == "the digit 0 the digit 1 the digit 2 the digit 3"
@@ -236,24 +249,27 @@ def test_distance_and_depths(base, data):
 
 def test_batches_hold_equal_limits_and_like_lengths():
     lengths, limits = [5, 9, 7, 3, 8], [16, 16, 64, 16, 16]
-    assert eval_script.make_batches(lengths, limits, 2) == [[2], [1, 4], [0, 3]]
+    assert make_batches(lengths, limits, 2) == [[2], [1, 4], [0, 3]]
 
 
 @pytest.mark.parametrize("folder", ["base", "pvm_folder"])
 def test_batches_answer_as_single_rows_do(folder, data, request):
     checkpoint = load_checkpoint(str(request.getfixturevalue(folder)))
     checkpoint.model.double()  # an untrained model's logits nearly tie, and float32 rounds differently in a batch
-    prompts = eval_script.Prompts(load_conversations(str(data), "test"), checkpoint.processor)
+    prompts = Prompts(load_conversations(str(data), "test"), checkpoint.processor)
     limits = [random.Random(k).choice([8, 16]) for k in range(len(prompts.lengths))]
-    together, cut = eval_script.answer(checkpoint, prompts, limits, 5, "batched")
-    assert (together, cut) == eval_script.answer(checkpoint, prompts, limits, 1, "one by one")
-    assert all(together) and len(set(together)) > 1
+    together = answer(checkpoint, prompts, limits, 5, "batched")
+    assert together == answer(checkpoint, prompts, limits, 1, "one by one")
+    texts = [given.prediction for given in together]
+    assert all(texts) and len(set(texts)) > 1
+    for given, limit in zip(together, limits):
+        assert given.length == limit if given.cut else given.length < limit
 
 
 def test_rows_beyond_the_kept_bytes_are_processed_again(base, data, monkeypatch):
-    monkeypatch.setattr(eval_script, "KEPT_BYTES", 0)
+    monkeypatch.setattr(questions_module, "KEPT_BYTES", 0)
     processor = AutoProcessor.from_pretrained(base)
-    prompts = eval_script.Prompts(load_conversations(str(data), "test"), processor)
+    prompts = Prompts(load_conversations(str(data), "test"), processor)
     assert prompts.kept == [None] * 12 and len(prompts[3]["input_ids"]) == prompts.lengths[3]
 
 
@@ -274,20 +290,34 @@ def output_dir(flags, tmp_path_factory) -> Path:
 
 
 def read_records(output_dir: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / f"predictions_{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output_dir / "predictions" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_files(output_dir):
-    names = {"report.json", "report.md", "report.png", "predictions_base.jsonl", "predictions_PVM.jsonl"}
-    assert {file.name for file in output_dir.iterdir()} == names
-    assert (output_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    names = {"report.html", "report.json", "report.md", "probes.json", "predictions", "report.png"}
+    names |= {f"report_{what}.png" for what in ("attention", "lens", "branches", "heat_PVM")}
+    assert {file.name for file in output_dir.iterdir()} - {"report_lengths.png"} == names
+    assert {file.name for file in (output_dir / "predictions").iterdir()} == {"base.jsonl", "PVM.jsonl"}
+    for file in output_dir.glob("*.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_nothing_beside_it(output_dir):
+    page = (output_dir / "report.html").read_text()
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert len(pictures) == len(list(output_dir.glob("*.png")))
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    embedded = {b64decode(source.partition(",")[2]) for source in pictures}
+    assert embedded == {file.read_bytes() for file in output_dir.glob("*.png")}
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page
+    assert page.count("<h2") == (output_dir / "report.md").read_text().count("\n## ")
 
 
 def test_report_follows_from_the_predictions(output_dir):
     report = json.loads((output_dir / "report.json").read_text())
     records = {name: read_records(output_dir, name) for name in ("base", "PVM")}
     assert {key: report[key] for key in ("overall", "groups", "comparisons")} == json.loads(
-        json.dumps(eval_script.score_all(records, r"\d"))
+        json.dumps(score_all([Entry(name, [lines]) for name, lines in records.items()], r"\d"))
     )
     for name, lines in records.items():
         assert [line["row"] for line in lines] == list(range(12))
@@ -322,19 +352,29 @@ def test_a_pvm_model_with_its_gates_at_zero_answers_as_its_base_and_the_report_s
 
 
 def test_a_report_is_overwritten_only_on_request(flags, output_dir, tmp_path):
-    folder = copy_of(output_dir, tmp_path / "report")
+    folder = shutil.copytree(output_dir, tmp_path / "report")
     with pytest.raises(UserError, match="--overwrite true"):
         eval_script.main([*flags, "--output_dir", str(folder)])
-    other = [*flags, "--names", "first", "second", "--max_samples", "2", "--max_new_tokens", "2"]
+    other = [*flags, "--names", "first", "second", "--max_samples", "2", "--max_new_tokens", "2", "--probe_rows", "0"]
     eval_script.main([*other, "--output_dir", str(folder), "--overwrite", "true"])
-    assert len(read_records(folder, "first")) == 2 and not (folder / "predictions_base.jsonl").exists()
+    assert len(read_records(folder, "first")) == 2
+    left = {file.name for file in folder.rglob("*")} - {"report_lengths.png"}
+    assert left == {
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.png",
+        "predictions",
+        "first.jsonl",
+        "second.jsonl",
+    }
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--names", "one"], "1 names for 2 models"),
-        (["--names", "one", "one"], "Tell them apart"),
+        (["--probe_rows", "-1"], "--probe_rows -1"),
         (["--names", "a/b", "c"], "file name"),
         (["--group_by", "colour"], "columns are"),
         (["--group_by", "messages"], "values, and at most"),
@@ -347,6 +387,78 @@ def test_refusals(flags, more, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         eval_script.main([*flags, *more, "--output_dir", str(tmp_path / "report")])
     assert not (tmp_path / "report").exists()
+
+
+def test_two_models_of_one_name_need_names(base, data, tmp_path):
+    other = copy_of(base, tmp_path / base.name)
+    flags = ["--dataset_name", str(data), "--output_dir", str(tmp_path / "report")]
+    with pytest.raises(UserError, match="Tell them apart with --names"):
+        eval_script.main(["--model", str(base), str(other), *flags])
+    with pytest.raises(UserError, match="names a checkpoint twice"):
+        eval_script.main(["--model", str(base), str(base), "--names", "a", "b", *flags])
+    with pytest.raises(UserError, match="would both be called"):
+        eval_script.main(["--model", str(base), str(other), str(tmp_path), "--names", "a", "a", "a run 2", *flags])
+
+
+def test_runs_of_a_method_are_reported_together(base, data, tmp_path):
+    """Two runs of one name, beside the base: means, each run's own, and knock-outs paired with their own run."""
+    runs = [
+        save_pvm(base, tmp_path / f"run{k}", gate, {"method": "pvm", "step": 1}) for k, gate in enumerate((0.2, 4))
+    ]
+    eval_script.main(
+        ["--model", str(base), *map(str, runs), "--names", "base", "PVM", "PVM", "--dataset_name", str(data),
+         "--group_by", "task", "--scored_pattern", r"\d", "--max_new_tokens", "4", "--knock_outs", "branch_off",
+         "--output_dir", str(tmp_path / "report")]
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    labels = [model["label"] for model in report["models"]]
+    assert labels == ["base", "PVM run 1", "PVM run 1 - branch off", "PVM run 2", "PVM run 2 - branch off"]
+    assert list(report["overall"]) == ["base", "PVM", "PVM - branch off"]
+    result = report["overall"]["PVM"]
+    own = [read_records(tmp_path / "report", label) for label in ("PVM run 1", "PVM run 2")]
+    assert result["by_run"] == [sum(record["correct"] for record in records) / 12 for records in own]
+    assert result["accuracy"] == pytest.approx(sum(result["by_run"]) / 2) and result["runs"] == 2
+    pairs = [(entry["of"], entry["minus"]) for entry in report["comparisons"]["cell"]]
+    assert pairs == [("PVM", "base"), ("PVM - branch off", "PVM")]
+    # With the branches off both runs are the base, once each.
+    for k in (1, 2):
+        off, stock = (
+            [record["prediction"] for record in read_records(tmp_path / "report", name)]
+            for name in (f"PVM run {k} - branch off", "base")
+        )
+        assert off == stock
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "2 of PVM." in text and "PVM with its branches off, against intact (cell)" in text
+
+
+def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypatch):
+    """Killed in the second model, it answers what is left and no more, and writes the same report."""
+    folder = tmp_path / "report"
+    made, plain = [], GenerationMixin.generate
+
+    def until(batches: int):
+        def generate(self, *args, **kwargs):
+            if len(made) == batches:
+                raise KeyboardInterrupt
+            made.append(kwargs["input_ids"].shape[0])
+            return plain(self, *args, **kwargs)
+
+        return generate
+
+    monkeypatch.setattr(GenerationMixin, "generate", until(5))
+    with pytest.raises(KeyboardInterrupt):
+        eval_script.main([*flags, "--output_dir", str(folder)])
+    assert sorted(file.name for file in folder.iterdir()) == ["unfinished"]
+    with pytest.raises(UserError, match="its batch_size was other than now"):
+        eval_script.main([*flags, "--batch_size", "5", "--output_dir", str(folder)])
+    before = sum(made)
+    monkeypatch.setattr(GenerationMixin, "generate", until(1000))
+    eval_script.main([*flags, "--output_dir", str(folder)])
+    assert before < 24 and sum(made) == 24, "each of 12 rows once for each model"
+    whole, again = (json.loads((path / "report.json").read_text()) for path in (output_dir, folder))
+    for key in ("overall", "groups", "comparisons", "probes"):
+        assert whole[key] == again[key]
+    assert not (folder / "unfinished").exists()
 
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ from PIL import Image
 
 import eval as eval_script
 import tiny
+from pvm.answering import answer
 from pvm.checkpoints import load_checkpoint
 from pvm.data import read_image
 from pvm.errors import UserError
 from pvm.knockouts import KNOCK_OUTS, ChangedImages, KnockOut, generate_split, knock_outs
+from pvm.questions import Prompts
 from pvm.sources import load_conversations
 from training import PVM, run
 
@@ -75,11 +77,14 @@ def test_an_ended_answer_goes_on_with_its_end(model):
 def test_the_switches():
     assert KnockOut().use_pvm is True and KnockOut("branch_off").use_pvm is False
     assert KnockOut("branch_alone", 3).use_pvm == [3] and KnockOut("branch_alone", 3).name == " - branch alone layer 3"
-    chosen = knock_outs(["branch_alone", "blank_image"], [1, 2])
+    chosen = knock_outs(["branch_alone", "blank_image"], [1, 2], reads_images=True)
     assert [(k.kind, k.layer) for k in chosen] == [
         ("nothing", None), ("branch_alone", 1), ("branch_alone", 2), ("blank_image", None)]  # fmt: skip
-    with pytest.raises(UserError, match="another_memory: this checkpoint has no PVM branches"):
-        knock_outs(["blank_image", "another_memory"], [])
+    # What a checkpoint has not cannot be taken from it: no branches, or branches without a memory.
+    assert [k.kind for k in knock_outs([*KNOCK_OUTS], [], reads_images=False)] == [
+        "nothing", "blank_image", "another_image", "blind"]  # fmt: skip
+    assert [k.kind for k in knock_outs([*KNOCK_OUTS], [1], reads_images=False)] == [
+        "nothing", "branch_off", "branch_alone", "blank_image", "another_image", "blind"]  # fmt: skip
 
 
 def test_changed_images(conversations):
@@ -117,15 +122,18 @@ def test_a_report_with_every_knock_out(base, conversations, tmp_path):
     names = [model["name"] for model in report["models"]]
     assert names[0] == "PVM" and len(names) == 1 + len(KNOCK_OUTS) + 2 and "PVM - branch alone layer 2" in names
     assert report["models"][1]["knock_out"] == "branch_off"
-    assert set(report["comparisons"]["all"]) == set(names[1:])
+    assert {(entry["of"], entry["minus"]) for entry in report["comparisons"]["all"]} == {
+        (name, "PVM") for name in names[1:]
+    }
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# PVM on ") and "**another memory**: self-attention sees the row's own images" in text
     for name in names:
-        assert (tmp_path / "out" / f"predictions_{name}.jsonl").exists() and name in text
+        assert (tmp_path / "out" / "predictions" / f"{name}.jsonl").exists() and name in text
     # Off, the branches say what the base says.
     loaded = load_checkpoint(str(base))
     rows = load_conversations(str(conversations), "train")
-    prompts = eval_script.Prompts(rows, loaded.processor)
-    texts, _ = eval_script.answer(loaded, prompts, [4] * len(rows), 32, "base")
-    lines = (tmp_path / "out" / "predictions_PVM - branch off.jsonl").read_text().splitlines()
+    texts = [
+        given.prediction for given in answer(loaded, Prompts(rows, loaded.processor), [4] * len(rows), 32, "base")
+    ]
+    lines = (tmp_path / "out" / "predictions" / "PVM - branch off.jsonl").read_text().splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == texts

@@ -6,23 +6,23 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 import tiny
 from benchmarks.training import saved_bytes
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import checkpoint_kind, load_checkpoint
-from pvm.controls import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from pvm.data import ConversationCollator, ConversationDataset
 from pvm.errors import UserError
 from pvm.methods import METHODS, ModelArguments, count_parameters, load_model, pvm_blocks
 from pvm.sources import load_conversations
 from pvm.trainer import LORA_FOLDER, PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
+from pvm.variants import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from training import PVM, losses, run
 
 
-BRANCHED = ("pvm", "pvm+lora", "mlp")
+BRANCHED = ("pvm", "pvm+lora", "mlp", "token_gate")
 
 
 def model_arguments(base, method: str, **fields) -> ModelArguments:
@@ -206,6 +206,24 @@ def test_the_mlp_control_at_real_shapes(hidden_size, layers, intermediate_size, 
             model = model_class(config_class.from_stock(fields, pvm_hidden_size=512))
         counts.append(sum(p.numel() for block in pvm_blocks(model).values() for p in block.parameters()))
     assert 0 <= counts[0] - counts[1] < counts[0] / 1000
+
+
+def test_a_token_wise_gate_starts_as_the_stock_model_and_acts_on_each_token(base, batch):
+    model = load_model(model_arguments(base, "token_gate")).eval()
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+        open_gates(model)
+        for block in pvm_blocks(model).values():
+            seen = []
+            block.register_forward_hook(lambda module, given, result, seen=seen: seen.append((given, result)))
+            model(**inputs)
+            (states, visual, routing, _), injected = seen[0]
+            scalar = Qwen3VLPVMBlock.forward(block, states, visual, routing)
+            gates = 2 * block.token_gate(block.input_norm(block.text_reducer(states))).sigmoid()
+            torch.testing.assert_close(injected, scalar * gates)
+            assert gates.std() > 0
 
 
 def test_the_mlp_control_reads_no_image_where_pvm_does(base, batch):
