@@ -15,6 +15,11 @@ A checkpoint is a stock Qwen3-VL, a PVM model (this project's or the authors'), 
 assistant turn of a row is the answer to compare with. Written are report.html (everything on one page), report.md with
 its pictures, report.json, and predictions/ (every answer). The same line goes on with an evaluation that was
 interrupted.
+
+Public benchmarks, through lmms-eval (docs/benchmarks.md):
+
+    python eval.py --model Qwen/Qwen3-VL-8B-Instruct runs/qwen3-vl-8b-pvm --names base PVM \\
+        --tasks mmstar,mathvision_testmini --temperature 0.7 --runs 3 --output_dir runs/my_benchmarks
 """
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
@@ -38,6 +43,7 @@ from transformers import ProcessorMixin
 from pvm.answering import answer
 from pvm.answers import MATCHES
 from pvm.arguments import parse_arguments
+from pvm.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
 from pvm.checkpoints import (
     Checkpoint,
     branch_layers,
@@ -63,20 +69,23 @@ from pvm.variants import VARIANTS, WITH_MEMORY
 MAX_GROUPS = 8
 UNFINISHED = "unfinished"  # folder in output_dir
 REPORT_FILES = ("report.json", "report.md", "report.html", "probes.json")
+# Flags that --tasks takes, too; the others are about a data set.
+WITH_TASKS = ("model", "names", "output_dir", "max_samples", "batch_size", "max_new_tokens", "dtype", "overwrite")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvalArguments:
     """What is evaluated, and on what."""
 
     model: list[str] = field(
         metadata={"help": "Checkpoints: folders or Hub names. The first is compared with the others."}
     )
-    dataset_name: str = field(
+    dataset_name: str | None = field(
+        default=None,
         metadata={
             "help": "A .json, .jsonl or .parquet file, a folder of those, or a Hub name. docs/data.md shows the forms "
             "that rows may have."
-        }
+        },
     )
     output_dir: str = field(metadata={"help": "Where the report goes."})
     names: list[str] | None = field(
@@ -89,7 +98,10 @@ class EvalArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="test", metadata={"help": "E.g. `test` or `test[:1000]`."})
     max_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many rows only, spread evenly over the data set."}
+        default=None,
+        metadata={
+            "help": "Evaluate on so many rows only, spread evenly over the data set; with --tasks the first ones."
+        },
     )
     group_by: str | None = field(
         default=None, metadata={"help": "Column, e.g. of task names, whose values are reported apart."}
@@ -125,7 +137,9 @@ class EvalArguments:
             "when the prediction is made, what branches add. 0: none."
         },
     )
-    batch_size: int = field(default=32, metadata={"help": "Rows that are answered at once."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Rows that are answered at once; 32 by default, 1 with --tasks."}
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={
@@ -334,7 +348,7 @@ class Evaluation:
             for question in self.questions
         ]
         start, journal = time.perf_counter(), self.unfinished.journal(label)
-        answers = answer(checkpoint, made, limits, arguments.batch_size, label, knock_out, others, journal)
+        answers = answer(checkpoint, made, limits, arguments.batch_size or 32, label, knock_out, others, journal)
         description = checkpoint.description
         return {
             "model": {
@@ -360,8 +374,17 @@ class Evaluation:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = parse_arguments((EvalArguments,), __doc__, arguments)
+    args, benchmarks = parse_arguments((EvalArguments, BenchmarkArguments), __doc__, arguments)
     models = check(args)
+    if benchmarks.tasks:
+        refuse_flags(args, WITH_TASKS, "is about a data set, and does nothing with --tasks")
+        shared = {name: vars(args)[name] for name in ("dtype", "max_samples", "max_new_tokens", "overwrite")}
+        paths = {model.label: model.path for model in models}
+        run_benchmarks(paths, benchmarks, Path(args.output_dir), batch_size=args.batch_size or 1, **shared)
+        return
+    refuse_flags(benchmarks, (), "does nothing without --tasks")
+    if args.dataset_name is None:
+        raise UserError("Nothing to evaluate on: give --dataset_name, or --tasks.")
     conversations = load_rows(args)
     output_dir = Path(args.output_dir)
     prepare_output(output_dir, args.overwrite)

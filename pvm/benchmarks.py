@@ -1,0 +1,651 @@
+"""
+`eval.py --tasks`: public benchmarks through lmms-eval, for several checkpoints side by side.
+
+lmms-eval brings the tasks: data, prompts, and how an answer is scored. The models are [`pvm.lmms.Qwen3VLPVM`]. A run
+is one model's answers to one task with one seed; a finished one is kept in the output folder and is not run again.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import platform
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from scipy import stats
+
+from .errors import REFUSALS, UserError
+from .report import checkpoint_lines
+from .tables import Table
+from .unfinished import files_of
+
+
+if TYPE_CHECKING:  # an extra, and slow to import
+    from lmms_eval.api.task import Task
+
+    from .lmms import Qwen3VLPVM
+
+
+INSTALL = "pip install -r requirements-lmms.txt"
+
+# The paper's eight benchmarks, and the task of lmms-eval 0.7.3 that is or comes nearest to each.
+PAPER = {
+    "MMMU dev": "mmmu_val",
+    "MMBench-CN lite": "mmbench_cn_dev_lite",
+    "MMBench-EN lite": "mmbench_en_dev_lite",
+    "MMStar": "mmstar",
+    "MMT emotion": "mmt_val",
+    "MathVerse vision-only": "mathverse_testmini_vision_only",
+    "MathVision mini": "mathvision_testmini",
+    "AI2D lite": "ai2d_lite",
+}
+STAND_INS = {
+    "mmmu_val": "MMMU's validation set stands in for its dev set, which lmms-eval has not",
+    "mmt_val": "all of MMT-Bench's validation set stands in for its emotion questions, which lmms-eval has not apart",
+}
+# Of these, lmms-eval has answers judged by an OpenAI model: all of MathVerse's, and those of MMBench that it cannot
+# read itself. Without a key it counts them as wrong (MathVerse) or guesses at random (MMBench), and says so nowhere.
+JUDGED = ("mmbench_cn_dev_lite", "mmbench_en_dev_lite", "mathverse_testmini_vision_only")
+
+PROMPTS = "qwen3_vl"  # some tasks word their prompts by model: all models get those of the stock one
+TOP_P, TOP_K = 0.8, 20  # what Qwen3-VL's instruct checkpoints name as theirs
+RESAMPLES = 1000
+# What is said where two runs differ in more than a word.
+STATES = {"model_files": "another state of this checkpoint", "task_files": "other files in --task_path"}
+TOLERANCE = 1e-9
+# What lmms-eval's command line takes out of answers before they are scored.
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+
+
+@dataclass
+class BenchmarkArguments:
+    """Benchmarks through lmms-eval, in place of a data set."""
+
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Benchmarks, as lmms-eval calls them (needs lmms-eval; docs/benchmarks.md): `--tasks "
+            "mmstar,mathvision_testmini`. `paper` is the paper's eight. They take the place of --dataset_name."
+        },
+    )
+    task_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy. The paper samples at 0.7."})
+    top_p: float | None = field(default=None, metadata={"help": f"Of sampling; {TOP_P} by default."})
+    top_k: int | None = field(default=None, metadata={"help": f"Of sampling; {TOP_K} by default."})
+    runs: int = field(default=1, metadata={"help": "How often each task is answered, at successive seeds."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first run."})
+
+
+@dataclass
+class Settings:
+    """What applies to every run. None of it may differ between results that are shown side by side."""
+
+    dtype: str
+    batch_size: int
+    max_samples: int | None
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+
+    @property
+    def generation(self) -> str:
+        """As lmms-eval takes it. It wins over what a task says: MathVerse's `top_p: 0` would make sampling greedy."""
+        values = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
+        if self.temperature > 0:
+            values |= {"do_sample": True, "top_p": self.top_p, "top_k": self.top_k}
+        else:
+            values["do_sample"] = False
+        return ",".join(f"{key}={value}" for key, value in values.items() if value is not None)
+
+
+def refuse_flags(arguments: Any, used: Sequence[str], reason: str) -> None:
+    """
+    Raises:
+        UserError: naming the first field of a dataclass of flags that is not its default and not in `used`.
+    """
+    defaults = type(arguments)(**{name: value for name, value in vars(arguments).items() if name in used})
+    for flag in fields(arguments):
+        if vars(arguments)[flag.name] != vars(defaults)[flag.name]:
+            raise UserError(f"--{flag.name} {reason}. Leave it out.")
+
+
+def task_names(flags: BenchmarkArguments) -> list[str]:
+    """The names behind --tasks: separated by commas or spaces, `paper` written out, none twice."""
+    words = [word for argument in flags.tasks for word in argument.split(",") if word]
+    names = [name for word in words for name in (PAPER.values() if word == "paper" else [word])]
+    return list(dict.fromkeys(names))
+
+
+def check(flags: BenchmarkArguments) -> None:
+    """
+    Find what is wrong with the flags before anything is imported or loaded.
+
+    Raises:
+        UserError: for anything that is wrong.
+    """
+    for package in ("lmms_eval", "decord"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--tasks needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
+    if flags.temperature < 0:
+        raise UserError(f"--temperature {flags.temperature}: give 0 (greedy) or more.")
+    if flags.runs < 1:
+        raise UserError(f"--runs {flags.runs}: give a number from 1.")
+    if flags.seed < 0:
+        raise UserError(f"--seed {flags.seed}: give a number from 0.")
+    if flags.temperature == 0:
+        if flags.runs > 1:
+            raise UserError(f"--runs {flags.runs} gives the same answers each time at --temperature 0. Choose one.")
+        for name in ("top_p", "top_k"):
+            if vars(flags)[name] is not None:
+                raise UserError(f"--{name} does nothing at --temperature 0, where nothing is sampled. Leave it out.")
+    if flags.top_p is not None and not 0 < flags.top_p <= 1:
+        raise UserError(f"--top_p {flags.top_p}: give a number above 0 and up to 1.")
+    if flags.top_k is not None and flags.top_k < 1:
+        raise UserError(f"--top_k {flags.top_k}: give a number from 1.")
+    if flags.task_path is not None and not list(Path(flags.task_path).glob("**/*.yaml")):
+        raise UserError(f"--task_path {flags.task_path}: it is no folder with .yaml files.")
+    key = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
+    judged = [name for name in task_names(flags) if name in JUDGED]
+    if judged and not os.environ.get(key):
+        raise UserError(
+            f"{', '.join(judged)}: lmms-eval has these answers judged by an OpenAI model, and without a key would "
+            f"count them wrong or guess. Set {key} (docs/benchmarks.md), or leave them out."
+        )
+
+
+def load_tasks(flags: BenchmarkArguments) -> dict[str, "Task"]:
+    """
+    The tasks with their data, by name; of a group all its tasks.
+
+    Raises:
+        UserError: if there is no such task, or its data cannot be had.
+    """
+    import lmms_eval.models  # noqa: F401  (before the tasks: it tells the library's logger to keep to warnings)
+    from lmms_eval.evaluator_utils import get_task_list
+    from lmms_eval.tasks import TaskManager, get_task_dict
+    from tenacity import RetryError
+
+    names, managers = task_names(flags), {}
+    if flags.task_path is not None:
+        # In one index with lmms-eval's own tasks, a task of the folder would lose to one of the same name.
+        local = TaskManager("WARNING", include_path=flags.task_path, include_defaults=False, model_name=PROMPTS)
+        managers = {name: local for name in names if name in local.all_subtasks}
+    if len(managers) < len(names):
+        everything = TaskManager("WARNING", include_path=flags.task_path, model_name=PROMPTS)
+        managers = {name: managers.get(name, everything) for name in names}
+        for name in names:
+            if name not in managers[name].all_tasks:
+                close = difflib.get_close_matches(name, everything.all_tasks, n=4)
+                hint = f"Did you mean {' or '.join(close)}?" if close else "`lmms-eval tasks list` shows all."
+                raise UserError(f"--tasks {name}: lmms-eval {version('lmms-eval')} has no such task. {hint}")
+    tasks = {}
+    for name, manager in managers.items():
+        try:
+            found = get_task_list(get_task_dict([name], manager, "chat"))
+        except RetryError as error:  # what getting data raises, after lmms-eval has tried it several times
+            reason = error.last_attempt.exception()
+            raise UserError(f"--tasks {name}: its data cannot be had: {' '.join(str(reason).split())}") from reason
+        except (OSError, AttributeError, LookupError, *REFUSALS) as error:
+            raise UserError(f"--tasks {name}: it cannot be loaded: {' '.join(str(error).split())}") from error
+        tasks |= {output.task_name: output.task for output in found if output.task is not None}
+    for name, task in tasks.items():
+        check_task(name, task)
+    return tasks
+
+
+def check_task(name: str, task: "Task") -> None:
+    """
+    Raises:
+        UserError: if a task does not ask for text, or cannot score any: better known before a night of answers.
+    """
+    from tenacity import RetryError
+
+    if task.config.output_type != "generate_until":
+        raise UserError(f"--tasks {name}: it asks for {task.config.output_type}, and only texts are written here.")
+    if name in JUDGED:
+        return  # scoring costs money
+    try:
+        task.process_results(task.eval_docs[0], ["A"])
+    except RetryError as error:  # what scoring raises, after lmms-eval has tried it five times
+        reason = error.last_attempt.exception()
+        raise UserError(
+            f"--tasks {name}: it cannot score answers here ({type(reason).__name__}: {reason}). Some tasks need "
+            f"packages in certain versions: {INSTALL}, in an environment without requirements-dev.txt."
+        ) from reason
+
+
+def task_fingerprint(folder: str | None) -> str | None:
+    """SHA-256 of the YAML and Python files of a folder of tasks; `None` without one."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*")):
+        if file.suffix in (".yaml", ".py"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the numbers."""
+    packages = ("torch", "transformers", "peft", "datasets", "lmms-eval", "qwen-vl-utils")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def kept_run(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    A run that an earlier command finished; `None` if there is none.
+
+    Raises:
+        UserError: if it is the result of something else than `key`.
+    """
+    if not file.exists():
+        return None
+    run = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in key.items():
+        if run["key"][name] != value:
+            difference = STATES.get(name, f"{name} {run['key'][name]}, and not {value}")
+            raise UserError(
+                f"{file} was made with {difference}. Results of both would be mixed: choose another --output_dir, or "
+                "give --overwrite true to run all again."
+            )
+    return run
+
+
+def evaluate(model: "Qwen3VLPVM", task: "Task", settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """
+    One run.
+
+    Returns:
+        `dict`: `metrics` (`{"name,filter": number}`), `questions` (one `dict` each, with the answer and what each
+        metric makes of it), the task's `task_version`.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    # What lmms-eval's command line would have: tasks write what they submit under output_path.
+    options = Namespace(
+        output_path=str(folder), process_with_media=True, reasoning_tags=REASONING_TAGS, agentic_trace_mode="basic"
+    )
+    results = simple_evaluate(
+        model=model,
+        tasks=[task],
+        task_manager=TaskManager("WARNING", include_defaults=False),  # the task is there: none is looked up
+        batch_size=settings.batch_size,
+        limit=settings.max_samples,
+        gen_kwargs=settings.generation,
+        bootstrap_iters=0,  # intervals are made here, for all models and runs together
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        cli_args=options,
+        process_docs_parallel=1,  # some tasks guess at random where an answer chooses nothing: in a fixed order
+    )
+    name = task.config.task
+    metrics = {
+        metric: float(value)
+        for metric, value in results["results"][name].items()
+        if isinstance(value, (int, float)) and "," in metric and "_stderr" not in metric
+    }
+    if not metrics:
+        raise UserError(f"--tasks {name}: it has no metric that is a number, so there is nothing to compare.")
+    return {"metrics": metrics, "questions": results["samples"][name], "task_version": results["versions"][name]}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """In one piece: a file that is there is whole."""
+    from lmms_eval.utils import handle_non_serializable
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=handle_non_serializable)
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def run_all(
+    models: dict[str, str], tasks: dict[str, "Task"], settings: Settings, flags: BenchmarkArguments, output_dir: Path
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """
+    Every run of every task by every model, those that are kept and those that are missing.
+
+    Returns:
+        `dict`: by task and model, the runs in the order of their seeds.
+    """
+    from .lmms import Qwen3VLPVM
+
+    common = {**asdict(settings), "versions": versions(), "task_files": task_fingerprint(flags.task_path)}
+    seeds = range(flags.seed, flags.seed + flags.runs)
+    files, keys = {}, {}
+    for name, path in models.items():
+        for task in tasks:
+            for seed in seeds:
+                files[name, task, seed] = output_dir / "lmms_runs" / name / task / f"seed_{seed}.json"
+                keys[name, task, seed] = {
+                    "model": path,
+                    "model_files": files_of(path),
+                    "task": task,
+                    "seed": seed,
+                    **common,
+                }
+    kept = {which: kept_run(files[which], key) for which, key in keys.items()}  # all are looked at before any is run
+
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {task: {name: [] for name in models} for task in tasks}
+    for name, path in models.items():
+        model = None
+        for task in tasks:
+            for seed in seeds:
+                which = (name, task, seed)
+                run = kept[which]
+                if run is None:
+                    if model is None:
+                        model = Qwen3VLPVM(path, settings.dtype, settings.batch_size)
+                    print(f"{name}: {task}, seed {seed}", flush=True)
+                    made = evaluate(model, tasks[task], settings, seed, files[which].with_suffix(""))
+                    description = model.checkpoint.description
+                    description = {**asdict(description), "gates_on": description.gates_on}
+                    run = {"key": keys[which], "model": description, **made}
+                    write_json(files[which], run)
+                    run = json.loads(files[which].read_text(encoding="utf-8"))  # as it is when it is kept
+                runs[task][name].append(run)
+    return runs
+
+
+def statistic(task: "Task", metric: str, runs: Sequence[dict[str, Any]]) -> Callable[[list[Any]], float] | None:
+    """
+    What makes a number of a metric's values for each question: the task's own aggregation, or the mean where that is
+    one that writes files. `None` if neither gives the number of each of the `runs`.
+    """
+    name = metric.partition(",")[0]
+    aggregation = task.aggregation()[name]
+
+    def aggregate(values: list[Any]) -> float:
+        with contextlib.redirect_stdout(io.StringIO()):  # MMMU's prints a table at each call
+            return float(aggregation(values))
+
+    function = aggregate
+    if "args" in inspect.signature(aggregation).parameters:  # so lmms-eval tells them apart, too
+        function = mean
+    for run in runs:
+        try:
+            again = function(question_values(run, metric)[1])
+        except (ArithmeticError, LookupError, *REFUSALS):
+            return None
+        if abs(again - run["metrics"][metric]) > TOLERANCE * max(1, abs(again)):
+            return None
+    return function
+
+
+def mean(values: list[float]) -> float:
+    """
+    Raises:
+        TypeError: if they are no numbers.
+    """
+    return sum(values) / len(values)
+
+
+def question_values(run: dict[str, Any], metric: str) -> tuple[list[int], list[Any]]:
+    """The questions that a metric counts, and its value for each."""
+    name = metric.partition(",")[0]
+    counted = [question for question in run["questions"] if name in question]
+    return [question["doc_id"] for question in counted], [question[name] for question in counted]
+
+
+def resample(values: dict[str, list[list[Any]]], function: Callable[[list[Any]], float]) -> dict[str, np.ndarray]:
+    """
+    The metric of every run over questions that are drawn again, the same ones for all models and runs.
+
+    Args:
+        values: by model, for each run the values of each question.
+
+    Returns:
+        By model `[runs, resamples]`.
+    """
+    count = len(next(iter(values.values()))[0])
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(count, size=count).tolist() for _ in range(RESAMPLES)]
+    return {
+        name: np.array([[function([run[k] for k in rows]) for rows in drawn] for run in runs])
+        for name, runs in values.items()
+    }
+
+
+def quantiles(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
+
+
+def compare(task: "Task", metric: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """
+    A metric of all models.
+
+    Returns:
+        `dict`: `n` questions; by model under `models`: `runs` (one number each), their `mean`, `range`, `t_interval`
+        (`None` of one run), and over questions `run_intervals` and `interval` of the mean; `differences` of the means
+        to the first model with their `interval`. Intervals over questions are `None` where the task's number cannot
+        be made again from its questions.
+
+    Raises:
+        UserError: if the runs are not about the same questions.
+    """
+    first = next(iter(runs))
+    read = {name: [question_values(run, metric) for run in model_runs] for name, model_runs in runs.items()}
+    questions = read[first][0][0]
+    for name, model_runs in read.items():
+        if any(asked != questions for asked, _ in model_runs):
+            raise UserError(f"{task.config.task}: {name} and {first} did not answer the same questions.")
+    several_filters = len(set(questions)) < len(questions)
+    function = None
+    if not several_filters:
+        function = statistic(task, metric, [run for model_runs in runs.values() for run in model_runs])
+    samples = None
+    if function is not None:
+        samples = resample({name: [values for _, values in model_runs] for name, model_runs in read.items()}, function)
+
+    models, differences = {}, {}
+    for name, model_runs in runs.items():
+        numbers = [run["metrics"][metric] for run in model_runs]
+        models[name] = {
+            "runs": numbers,
+            "mean": float(np.mean(numbers)),
+            "range": [min(numbers), max(numbers)],
+            "t_interval": t_interval(numbers),
+            "run_intervals": None if samples is None else [quantiles(row) for row in samples[name]],
+            "interval": None if samples is None else quantiles(samples[name].mean(0)),
+        }
+        if name != first:
+            differences[name] = {
+                "difference": models[name]["mean"] - models[first]["mean"],
+                "interval": None if samples is None else quantiles(samples[name].mean(0) - samples[first].mean(0)),
+            }
+    return {"n": len(set(questions)), "models": models, "differences": differences}
+
+
+def t_interval(numbers: Sequence[float]) -> list[float] | None:
+    """Student's 95 % interval of the mean of runs; `None` for one run."""
+    if len(numbers) < 2:
+        return None
+    half = stats.t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / np.sqrt(len(numbers))
+    return [float(np.mean(numbers) - half), float(np.mean(numbers) + half)]
+
+
+def make_report(
+    runs: dict[str, dict[str, list[dict[str, Any]]]],
+    tasks: dict[str, "Task"],
+    settings: Settings,
+    flags: BenchmarkArguments,
+) -> dict[str, Any]:
+    """Everything that lmms.json holds; the tables are made of nothing else."""
+    models = {name: model_runs[0]["model"] for name, model_runs in next(iter(runs.values())).items()}
+    results = {}
+    for task, by_model in runs.items():
+        first = next(iter(by_model.values()))[0]
+        results[task] = {
+            "version": first["task_version"],
+            "metrics": {metric: compare(tasks[task], metric, by_model) for metric in first["metrics"]},
+        }
+    return {
+        "settings": asdict(settings),
+        "generation": settings.generation,
+        "seeds": [flags.seed + k for k in range(flags.runs)],
+        "versions": versions(),
+        "models": [
+            {**description, "name": name, "label": name, "knock_out": "nothing"}
+            for name, description in models.items()
+        ],
+        "paper": {paper: task for paper, task in PAPER.items() if task in results},
+        "tasks": results,
+    }
+
+
+def number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def span(interval: Sequence[float] | None, sign: str = "") -> str:
+    return "" if interval is None else f" [{interval[0]:{sign}.3g}, {interval[1]:{sign}.3g}]"
+
+
+def metrics_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a row of the tables is called, and its numbers."""
+    for task, result in report["tasks"].items():
+        for metric, numbers in result["metrics"].items():
+            yield f"{task}: {metric.partition(',')[0]}", numbers
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    first, *others = [model["name"] for model in report["models"]]
+    rows = []
+    for label, result in metrics_of(report):
+        cells = [f"{number(model['mean'])}{span(model['interval'])}" for model in result["models"].values()]
+        gains = [f"{gain['difference']:+.4g}{span(gain['interval'], '+')}" for gain in result["differences"].values()]
+        rows.append([label, str(result["n"]), *cells, *gains])
+    header = ["task: metric", "n", first, *others, *(f"{name} − {first}" for name in others)]  # noqa: RUF001
+    return Table("Benchmarks [95 % over questions]", header, rows)
+
+
+def runs_table(report: dict[str, Any]) -> Table | None:
+    """`None` if there is one run only."""
+    if len(report["seeds"]) < 2:
+        return None
+    rows = [
+        [
+            label,
+            name,
+            number(model["mean"]),
+            span(model["t_interval"]).strip(),
+            *(f"{number(value)}" for value in model["runs"]),
+        ]
+        for label, result in metrics_of(report)
+        for name, model in result["models"].items()
+    ]
+    header = ["task: metric", "model", "mean", "95 % over runs", *(f"seed {seed}" for seed in report["seeds"])]
+    return Table("Runs", header, rows)
+
+
+def markdown_report(report: dict[str, Any]) -> str:
+    """lmms.md."""
+    settings, seeds = report["settings"], report["seeds"]
+    sampled = settings["temperature"] > 0
+    how = "the most likely next token" if not sampled else f"sampling at temperature {settings['temperature']}"
+    table, runs = results_table(report), runs_table(report)
+    parts = [
+        f"# {', '.join(model['name'] for model in report['models'])} on {', '.join(report['tasks'])}",
+        f"Made with lmms-eval {report['versions']['lmms-eval']}, with {how}, {len(seeds)} "
+        f"run{'s' if len(seeds) > 1 else ''} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}).",
+        "## How to read this",
+        "Each number is the task's own metric, as lmms-eval computes it, on its own scale (some are 0 to 1, some 0 to "
+        "100)" + (", averaged over the runs" if len(seeds) > 1 else "") + ". n counts questions. In brackets is the "
+        f"range of 95 % of the numbers when the questions are drawn again ({RESAMPLES:,} times, the same for all "
+        "models and runs): what other questions of the kind would change. A difference whose range holds 0 is none "
+        "that these questions show. Where there are no brackets, the number cannot be made again from its questions.",
+    ]
+    if settings["max_samples"] is not None:
+        first = settings["max_samples"]
+        parts.append(f"Only the first {first} questions of each task were asked, so these are no benchmark results.")
+    stand_ins = [text for task, text in STAND_INS.items() if task in report["tasks"]]
+    if stand_ins:
+        parts.append(f"Not the paper's: {'; '.join(stand_ins)}.")
+    parts += ["## Results", table.markdown()]
+    if runs is not None:
+        parts += [
+            "## Runs",
+            "The same questions with other seeds. The interval is Student's, of the mean over the runs: what other "
+            "seeds would change. It says nothing about other questions, nor about other trainings.",
+            runs.markdown(),
+        ]
+    parts += [
+        "## Checkpoints",
+        "\n".join(f"- {line}; {model['dtype']}" for line, model in zip(checkpoint_lines(report), report["models"])),
+        "## How it was measured",
+        f"Passed to every task: `{report['generation']}`; what is not there is the task's own. Batch size "
+        f"{settings['batch_size']}. The prompts are those for lmms-eval's `{PROMPTS}`.",
+        "Versions: " + ", ".join(f"{package} {release}" for package, release in report["versions"].items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def run_benchmarks(
+    models: dict[str, str],
+    flags: BenchmarkArguments,
+    output_dir: Path,
+    *,
+    dtype: str = "auto",
+    batch_size: int = 1,
+    max_samples: int | None = None,
+    max_new_tokens: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """
+    Run what is missing, and write lmms.json and lmms.md into `output_dir`.
+
+    Args:
+        models (`dict[str, str]`): what the report calls each checkpoint, and its folder or Hub name.
+        max_samples (`int`, *optional*): ask the first so many questions of each task.
+        max_new_tokens (`int`, *optional*): in place of each task's own.
+        overwrite (`bool`): run all again, whatever is kept.
+
+    Returns:
+        `dict`: what is in lmms.json.
+
+    Raises:
+        UserError: for flags that contradict one another, unknown tasks or models, and results of other arguments in
+            `output_dir`.
+    """
+    check(flags)
+    sampled = flags.temperature > 0
+    settings = Settings(
+        dtype=dtype,
+        batch_size=batch_size,
+        max_samples=max_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=flags.temperature,
+        top_p=(flags.top_p or TOP_P) if sampled else None,
+        top_k=(flags.top_k or TOP_K) if sampled else None,
+    )
+    tasks = load_tasks(flags)
+    if overwrite:
+        shutil.rmtree(output_dir / "lmms_runs", ignore_errors=True)
+    runs = run_all(models, tasks, settings, flags, output_dir)
+    report = make_report(runs, tasks, settings, flags)
+    write_json(output_dir / "lmms.json", report)
+    (output_dir / "lmms.md").write_text(markdown_report(report), encoding="utf-8")
+
+    console = Console(soft_wrap=True)
+    for line in checkpoint_lines(report):
+        console.print(line, highlight=False)
+    for table in filter(None, (results_table(report), runs_table(report))):
+        console.print(table.rich())
+    console.print(f"\nWritten: {output_dir}/lmms.md, lmms.json, lmms_runs/")
+    return report
