@@ -1,7 +1,6 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make test      run the tests
-# make controls  the demo beside branches that read no image, and what PVM's answers rest on: ten minutes more
-# make seeds     the demo's comparison at further seeds (SEEDS="1 2"): about three times as long
+# make study     PVM and its controls at five seeds, with a report: about two hours, resumable; make variants: one more
 # make style     format the code;   make quality: check it
 # make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)
@@ -11,40 +10,34 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
+# lmms-eval cannot be installed beside what the other tests need: requirements-lmms.txt says why.
+LMMS_VENV ?= $(VENV)-lmms
+LMMS_INSTALLED := $(LMMS_VENV)/.installed
+
 # The demo's models are so small that a second thread costs more than it brings.
-demo controls seeds backbone test: export OMP_NUM_THREADS ?= 1
+demo study variants backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-demo controls seeds backbone test: export HF_HUB_OFFLINE ?= 1
+demo study variants backbone test: export HF_HUB_OFFLINE ?= 1
+# Freed memory is kept and not given back in every step: up to twice as fast.
+demo study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
+demo study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
 
-SEEDS ?= 1 2
-seed_models = assets/digits-backbone $(foreach s,0 $(SEEDS),runs/digits_pvm$(if $(filter-out 0,$(s)),_seed$(s)) \
-	runs/digits_lora$(if $(filter-out 0,$(s)),_seed$(s)))
-seed_names = base $(foreach s,0 $(SEEDS),PVM-$(s) LoRA-$(s))
-
-.PHONY: demo controls seeds test style quality backbone benchmarks
+.PHONY: demo study variants test style quality backbone benchmarks
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
 	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.pvm.safetensors
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
 
-controls: demo runs/digits_mlp/model.pvm.safetensors
-	$(RUN) eval.py --config recipes/digits_eval.yaml --model assets/digits-backbone runs/digits_pvm runs/digits_mlp \
-		runs/digits_lora --names base PVM MLP LoRA --output_dir runs/digits_controls --overwrite true
-	$(RUN) eval.py --config recipes/digits_eval.yaml --model runs/digits_pvm --names PVM --output_dir runs/digits_knock_outs \
-		--knock_outs branch_off another_memory hidden_image blind another_image --overwrite true
+study variants: $(INSTALLED) data/digits/test.parquet
+	$(RUN) -m pvm.study --config recipes/digits_$@.yaml --jobs 2
 
-seeds: demo
-	$(MAKE) -j2 $(foreach s,$(SEEDS),runs/digits_lora_seed$(s)/adapter_model.safetensors \
-		runs/digits_pvm_seed$(s)/model.pvm.safetensors)
-	$(RUN) eval.py --config recipes/digits_eval.yaml --model $(seed_models) --names $(seed_names) \
-		--output_dir runs/digits_seeds --overwrite true
-
-test: $(INSTALLED)
-	$(RUN) -m pytest
+test: $(INSTALLED) $(LMMS_INSTALLED)
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(LMMS_VENV)/bin/python -m pytest tests/test_benchmarks.py
 
 style: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
@@ -77,6 +70,12 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(LMMS_INSTALLED): requirements.txt requirements-lmms.txt
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+	$(LMMS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lmms.txt
+	@touch $@
+
 data/digits/test.parquet:
 	$(RUN) -m pvm.digits.data --output_dir data/digits
 
@@ -86,18 +85,8 @@ data/digits-backbone/test.parquet:
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))
 
-runs/digits_mlp/model.pvm.safetensors:
-	$(RUN) train.py --config recipes/digits_pvm.yaml --method mlp --output_dir $(@D) $(call resume,$(@D))
-
-runs/digits_pvm_seed%/model.pvm.safetensors:
-	$(RUN) train.py --config recipes/digits_pvm.yaml --seed $* --output_dir $(@D) $(call resume,$(@D))
-
 # Beside the trainings above, so its progress goes to a file.
 runs/digits_lora/adapter_model.safetensors:
 	@echo "The LoRA control trains in parallel; its progress is in $(@D).log"
 	@$(RUN) train.py --config recipes/digits_lora.yaml $(call resume,$(@D)) > $(@D).log 2>&1 \
 		|| (tail -n 5 $(@D).log; exit 1)
-
-runs/digits_lora_seed%/adapter_model.safetensors:
-	@$(RUN) train.py --config recipes/digits_lora.yaml --seed $* --output_dir $(@D) $(call resume,$(@D)) \
-		> $(@D).log 2>&1 || (tail -n 5 $(@D).log; exit 1)

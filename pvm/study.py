@@ -40,7 +40,7 @@ class Study:
     seeds (`list[int]`): of the trainings. Learning rates are chosen at the first.
     train (`dict`): train.py's fields that all runs share.
     methods (`dict[str, dict]`): by its name in the report, what train.py is told besides; `learning_rates` is a list
-        of those to choose from, and `seeds` the number of seeds if it is not all.
+        of those to choose from.
     evaluate (`dict`): eval.py's fields; model and names are the base, "base", and all chosen runs.
     """
 
@@ -103,7 +103,7 @@ class Run:
         """
         if self.finished:
             return
-        method = {k: v for k, v in self.study.methods[self.name].items() if k not in ("learning_rates", "seeds")}
+        method = {key: value for key, value in self.study.methods[self.name].items() if key != "learning_rates"}
         settings = {**self.study.train, **method, "learning_rate": self.learning_rate, "seed": self.seed}
         if self.folder.is_dir() and get_last_checkpoint(self.folder):
             settings["resume_from_checkpoint"] = "last"
@@ -177,23 +177,25 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     train_all(tries, args.jobs, "learning rates")
     rates = choose(study, tries)
-    chosen = [
-        Run(study, name, rates[name], seed)
-        for name, method in study.methods.items()
-        for seed in study.seeds[: method.get("seeds", len(study.seeds))]
-    ]
+    chosen = [Run(study, name, rates[name], seed) for name in study.methods for seed in study.seeds]
     train_all(chosen, args.jobs, "seeds")
 
     table = Table(title="learning rates, chosen by the loss of the last fifth of the training")
     for heading in ("method", "tried: loss", "chosen"):
         table.add_column(heading)
     for name in study.methods:
-        tried = ", ".join(f"{run.learning_rate:g}: {run.loss:.4f}" for run in tries if run.name == name)
-        table.add_row(name, tried, f"{rates[name]:g}")
-    Console(soft_wrap=True).print(table)
+        losses = {run.learning_rate: run.loss for run in tries if run.name == name}
+        at_edge = len(losses) > 1 and rates[name] in (min(losses), max(losses))
+        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
+        table.add_row(name, tried, f"{rates[name]:g}{' (the outermost that was tried)' if at_edge else ''}")
+    console = Console(soft_wrap=True)
+    console.print(table)
 
     models = [study.train["model_name_or_path"], *(str(run.folder) for run in chosen)]
     settings = {"output_dir": str(Path(study.output_dir) / "report"), **study.evaluate}
+    if (Path(settings["output_dir"]) / "report.json").is_file():
+        console.print(f"The report is written: {settings['output_dir']}/report.html")
+        return
     settings |= {"model": models, "names": ["base", *(run.name for run in chosen)]}
     sys.exit(subprocess.run([sys.executable, str(ROOT / "eval.py"), *_flags(settings)]).returncode)
 
