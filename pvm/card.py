@@ -26,7 +26,7 @@ from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from .errors import UserError
 from .methods import count_parameters, public_name
 from .report import checkpoint_lines, difference_guide, remarks
-from .tables import difference_table, distance_table, overall_table
+from .tables import difference_table, distance_table, intact_names, overall_table
 from .variants import VARIANTS
 
 
@@ -105,8 +105,8 @@ def write_card(
     Args:
         folder (`Path`): of the checkpoint.
         name (`str`): what the card calls it: the repository's name, if there is one.
-        reports (`list[dict]`, *optional*): `{"name", "report"}`: report.json of evaluations, and what they call this
-            checkpoint.
+        reports (`list[dict]`, *optional*): `{"name", "run", "report"}`: report.json of evaluations, what they call
+            this checkpoint, and which of the runs of that name it is.
         licence (`str`): of these weights, as the Hub abbreviates it.
     """
     reports = reports or []
@@ -245,6 +245,10 @@ def read_gates(folder: Path) -> dict[int, float]:
 def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
     report = entry["report"]
     result = report["overall"][entry["name"]]
+    low, high = result["interval"]
+    what, value = f"95 % interval {low:.3f} to {high:.3f}", result["accuracy"]
+    if "by_run" in result:  # of which this checkpoint is one
+        what, value = f"{len(result['by_run'])} runs: {value:.3f}, {what}; this one", result["by_run"][entry["run"]]
     return [
         EvalResult(
             task_type="image-text-to-text",
@@ -252,9 +256,8 @@ def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
             dataset_name=report["dataset"]["name"],
             dataset_split=report["arguments"]["dataset_split"],
             metric_type="exact_match" if report["arguments"]["match"] == "exact" else "accuracy",
-            metric_name=f"{report['arguments']['match']} match, n = {result['n']:,}, 95 % interval "
-            f"{result['interval'][0]:.3f} to {result['interval'][1]:.3f}",
-            metric_value=round(result["accuracy"], 4),
+            metric_name=f"{report['arguments']['match']} match, n = {result['n']:,}, {what}",
+            metric_value=round(value, 4),
         )
     ]
 
@@ -271,12 +274,10 @@ def _results(entry: dict[str, Any]) -> str:
         for table in (distance_table(report, group), difference_table(report, group, first)):
             if table is not None:
                 parts += [f"**{table.title}**", table.markdown()]
-    if len(report["models"]) > 1:
+    if len(intact_names(report)) > 1:
         parts.append(difference_guide(first))
     parts += [f"- {line}" for line in remarks(report)]
-    # Of a base on this machine only its own name.
-    models = [{**model, "base": model["base"] and public_name(model["base"])["name"]} for model in report["models"]]
-    parts.append("\n".join(f"- {line}" for line in checkpoint_lines({**report, "models": models})))
+    parts.append("\n".join(f"- {line}" for line in checkpoint_lines(report)))
     if entry.get("picture"):
         parts.insert(1, f"![Accuracy by distance and by depth]({PICTURE})")
     return "\n\n".join(parts)
@@ -298,14 +299,15 @@ def main(arguments: list[str] | None = None) -> None:
             models = report["models"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is no report.json of eval.py: {error}") from error
-        mine = [m["name"] for m in models if Path(m["path"]).resolve() == args.checkpoint.resolve()]
+        mine = [m for m in models if Path(m["path"]).resolve() == args.checkpoint.resolve()]
         if not mine:
             paths = ", ".join(model["path"] for model in models)
             raise UserError(f"{path} is a report on {paths}, and {args.checkpoint} is none of them.")
         picture = path.with_name("report.png")
         if number == 0 and picture.is_file():
             shutil.copy(picture, args.checkpoint / PICTURE)
-        reports.append({"name": mine[0], "report": report, "picture": number == 0 and picture.is_file()})
+        report = {"name": mine[0]["name"], "run": mine[0]["run"], "report": report}
+        reports.append({**report, "picture": number == 0 and picture.is_file()})
     write_card(args.checkpoint, args.name or args.checkpoint.resolve().name, reports, args.license)
     print(f"Written: {args.checkpoint / CARD}")
 

@@ -84,6 +84,19 @@ def test_results_come_from_a_report(report):
     assert (checkpoint / card.PICTURE).is_file() and card.PICTURE in checkpoint_files(checkpoint)
 
 
+def test_a_run_of_several_gives_its_own_number(report, tmp_path):
+    checkpoint, path = report
+    content = json.loads(path.read_text())
+    content["overall"]["PVM"] |= {"accuracy": 0.5, "by_run": [0.25, 0.75]}
+    (mine,) = (model for model in content["models"] if model["name"] == "PVM")
+    content["models"].append({**mine, "path": "elsewhere", "run": 0})
+    mine["run"] = 1
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    card.main([str(checkpoint), "--report", str(tmp_path / "report.json")])
+    (result,) = ModelCard.load(checkpoint / "README.md").data.eval_results
+    assert result.metric_value == 0.75 and "2 runs: 0.500" in result.metric_name
+
+
 def test_a_report_on_another_checkpoint_is_refused(checkpoint, report, tmp_path):
     with pytest.raises(UserError, match="is none of them"):
         card.main([str(checkpoint), "--report", str(report[1])])
