@@ -40,10 +40,10 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from pvm.answering import answer
-from pvm.answers import MATCHES
+from pvm.evaluation.answering import answer
+from pvm.evaluation.answers import MATCHES
 from pvm.arguments import parse_arguments
-from pvm.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
+from pvm.evaluation.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
 from pvm.checkpoints import (
     Checkpoint,
     branch_layers,
@@ -53,16 +53,24 @@ from pvm.checkpoints import (
     processor_state,
 )
 from pvm.errors import UserError
-from pvm.knockouts import KNOCK_OUTS, NEEDS_BRANCHES, NEEDS_MEMORY, SPLIT, ChangedImages, KnockOut, knock_outs
+from pvm.evaluation.knockouts import (
+    KNOCK_OUTS,
+    NEEDS_BRANCHES,
+    NEEDS_MEMORY,
+    SPLIT,
+    ChangedImages,
+    KnockOut,
+    knock_outs,
+)
 from pvm.methods import public_name
-from pvm.page import html_page
-from pvm.plots import draw_all
-from pvm.probes import choose_rows, probe, summarise
-from pvm.questions import Prompts, answer_limit, check_references, read_questions
-from pvm.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
-from pvm.scoring import Entry, make_records, score_all
+from pvm.evaluation.page import html_page
+from pvm.evaluation.plots import draw_all
+from pvm.evaluation.probes import choose_rows, probe, summarise
+from pvm.evaluation.questions import Prompts, answer_limit, check_references, read_questions
+from pvm.evaluation.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
+from pvm.evaluation.scoring import Entry, make_records, score_all
 from pvm.sources import Conversations, load_conversations
-from pvm.unfinished import Unfinished, files_of
+from pvm.evaluation.unfinished import Unfinished, files_of
 from pvm.variants import VARIANTS, WITH_MEMORY
 
 

@@ -24,9 +24,9 @@ from transformers.utils import CONFIG_NAME
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 
 from .errors import UserError
+from .evaluation.report import checkpoint_lines, difference_guide, remarks
+from .evaluation.tables import difference_table, distance_table, intact_names, overall_table
 from .methods import count_parameters, public_name
-from .report import checkpoint_lines, difference_guide, remarks
-from .tables import difference_table, distance_table, intact_names, overall_table
 from .variants import VARIANTS
 
 

@@ -16,9 +16,9 @@ from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGene
 
 import eval as eval_script
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.benchmarks import PAPER, compare, t_interval, task_names
 from pvm.checkpoints import load_checkpoint
 from pvm.errors import UserError
+from pvm.evaluation.benchmarks import PAPER, compare, t_interval, task_names
 from pvm.methods import LORA_TARGETS, pvm_blocks
 
 
@@ -28,7 +28,7 @@ from lmms_eval.models.chat.qwen3_vl import Qwen3_VL  # noqa: E402
 from lmms_eval.models.registry_v2 import ModelRegistryV2  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
 
-from pvm.lmms import Qwen3VLPVM  # noqa: E402
+from pvm.evaluation.lmms import Qwen3VLPVM  # noqa: E402
 
 
 QUESTIONS = 8

@@ -28,14 +28,14 @@ from transformers import (
 import eval as eval_script
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm import questions as questions_module
-from pvm.answering import answer, make_batches
 from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
+from pvm.evaluation import questions as questions_module
+from pvm.evaluation.answering import answer, make_batches
+from pvm.evaluation.questions import Prompts, read_questions
+from pvm.evaluation.scoring import Entry, score_all
 from pvm.methods import LORA_TARGETS, pvm_blocks
-from pvm.questions import Prompts, read_questions
-from pvm.scoring import Entry, score_all
 from pvm.sources import load_conversations
 
 

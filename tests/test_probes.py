@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pvm.checkpoints import load_checkpoint
+from pvm.evaluation.probes import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
+from pvm.evaluation.questions import Prompts, Question
 from pvm.methods import pvm_blocks
-from pvm.probes import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
-from pvm.questions import Prompts, Question
 from pvm.sources import load_conversations
 from training import PVM, run
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from pvm.page import html_page
-from pvm.report import cautions, findings, markdown_report
-from pvm.scoring import Entry, score_all
-from pvm.tables import compared, difference_table, knock_out_table, length_table, runs_table
+from pvm.evaluation.page import html_page
+from pvm.evaluation.report import cautions, findings, markdown_report
+from pvm.evaluation.scoring import Entry, score_all
+from pvm.evaluation.tables import compared, difference_table, knock_out_table, length_table, runs_table
 
 
 ROWS = 200

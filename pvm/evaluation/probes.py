@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoints import Checkpoint
-from .data import ConversationCollator
+from ..checkpoints import Checkpoint
+from ..data import ConversationCollator
+from ..methods import pvm_blocks
 from .knockouts import read_images
-from .methods import pvm_blocks
 from .metrics import draws, mean_interval
 from .questions import Prompts, Question
 

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..data import ConversationDataset
+from ..errors import UserError
+from ..formats import message_text
+from ..sources import Conversations
 from .answers import MATCHES
-from .data import ConversationDataset
-from .errors import UserError
-from .formats import message_text
-from .sources import Conversations
 
 
 ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least

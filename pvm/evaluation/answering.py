@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .checkpoints import Checkpoint
-from .data import ConversationCollator
+from ..checkpoints import Checkpoint
+from ..data import ConversationCollator
 from .knockouts import SPLIT, KnockOut, generate_split
 from .questions import Prompts
 

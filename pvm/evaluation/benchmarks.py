@@ -1,8 +1,8 @@
 """
 `eval.py --tasks`: public benchmarks through lmms-eval, for several checkpoints side by side.
 
-lmms-eval brings the tasks: data, prompts, and how an answer is scored. The models are [`pvm.lmms.Qwen3VLPVM`]. A run
-is one model's answers to one task with one seed; a finished one is kept in the output folder and is not run again.
+lmms-eval brings the tasks: data, prompts, and how an answer is scored. The models are those of lmms.py. A run is one
+model's answers to one task with one seed; a finished one is kept in the output folder and is not run again.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from scipy import stats
 
-from .errors import REFUSALS, UserError
+from ..errors import REFUSALS, UserError
 from .report import checkpoint_lines
 from .tables import Table
 from .unfinished import files_of

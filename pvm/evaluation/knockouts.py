@@ -14,10 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from modeling_qwen3vl_pvm import read_visual_memory, write_visual_memory
 
-from .data import read_image
-from .errors import UserError
-from .formats import Conversation
-from .sources import Conversations
+from ..data import read_image
+from ..errors import UserError
+from ..formats import Conversation
+from ..sources import Conversations
 
 
 # What a report says of each.

@@ -13,8 +13,8 @@ from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .checkpoints import load_checkpoint
-from .errors import UserError
+from ..checkpoints import load_checkpoint
+from ..errors import UserError
 
 
 class Qwen3VLPVM(Qwen3_VL):

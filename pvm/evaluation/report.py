@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+from ..methods import public_name
 from .knockouts import KNOCK_OUTS
-from .methods import public_name
 from .plots import bin_label
 from .probes import LONG_TEXT
 from .tables import (

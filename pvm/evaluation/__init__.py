@@ -1,0 +1,1 @@
+"""What eval.py is made of: questions, answers, numbers, and the page that tells them."""
