@@ -361,6 +361,7 @@ class Evaluation:
         return {
             "model": {
                 **asdict(description),
+                "base": description.base and public_name(description.base)["name"],  # a report is shown to others
                 "name": f"{model.name}{knock_out.name}",
                 "run": model.run,
                 "label": label,

@@ -27,6 +27,7 @@ from rich.console import Console
 from scipy import stats
 
 from ..errors import REFUSALS, UserError
+from ..methods import public_name
 from .report import checkpoint_lines
 from .tables import Table
 from .unfinished import files_of
@@ -355,7 +356,8 @@ def run_all(
                     print(f"{name}: {task}, seed {seed}", flush=True)
                     made = evaluate(model, tasks[task], settings, seed, files[which].with_suffix(""))
                     description = model.checkpoint.description
-                    description = {**asdict(description), "gates_on": description.gates_on}
+                    base = description.base and public_name(description.base)["name"]  # a report is shown to others
+                    description = {**asdict(description), "base": base, "gates_on": description.gates_on}
                     run = {"key": keys[which], "model": description, **made}
                     write_json(files[which], run)
                     run = json.loads(files[which].read_text(encoding="utf-8"))  # as it is when it is kept

@@ -4,7 +4,6 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from ..methods import public_name
 from .knockouts import KNOCK_OUTS
 from .plots import bin_label
 from .probes import LONG_TEXT
@@ -49,7 +48,7 @@ def checkpoint_lines(report: dict[str, Any]) -> list[str]:
         if model["method"] or model["step"]:
             line += f", trained by {model['method']}" if model["method"] else ", trained"
             line += f" for {model['step']:,} steps" if model["step"] is not None else ""
-        lines.append(f"{line}, on {public_name(model['base'])['name']}" if model["base"] else line)
+        lines.append(f"{line}, on {model['base']}" if model["base"] else line)
     return lines
 
 
