@@ -24,6 +24,7 @@ Public benchmarks, through lmms-eval (docs/benchmarks.md):
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
 
+import hashlib
 import json
 import platform
 import re
@@ -46,6 +47,7 @@ from pvm.arguments import parse_arguments
 from pvm.evaluation.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
 from pvm.checkpoints import (
     Checkpoint,
+    base_of,
     branch_layers,
     checkpoint_kind,
     load_checkpoint,
@@ -57,10 +59,10 @@ from pvm.evaluation.knockouts import (
     KNOCK_OUTS,
     NEEDS_BRANCHES,
     NEEDS_MEMORY,
-    SPLIT,
     ChangedImages,
     KnockOut,
     knock_outs,
+    refuse_videos,
 )
 from pvm.methods import public_name
 from pvm.evaluation.page import html_page
@@ -76,7 +78,7 @@ from pvm.variants import VARIANTS, WITH_MEMORY
 
 MAX_GROUPS = 8
 UNFINISHED = "unfinished"  # folder in output_dir
-REPORT_FILES = ("report.json", "report.md", "report.html", "probes.json")
+REPORT_FILES = ("report.json", "report.md", "report.html", "report.png", "probes.json")
 # Flags that --tasks takes, too; the others are about a data set.
 WITH_TASKS = ("model", "names", "output_dir", "max_samples", "batch_size", "max_new_tokens", "dtype", "overwrite")
 
@@ -100,7 +102,7 @@ class EvalArguments:
         default=None,
         metadata={
             "help": "What the report calls the checkpoints; by default the end of their paths. Several with the same "
-            "name are runs of one method (seeds), and are reported together."
+            "name are runs of one method (seeds), and are reported together (but not with --tasks)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -194,12 +196,15 @@ def name_models(arguments: EvalArguments) -> list[Model]:
         raise UserError(f"--names has {len(names)} names for {len(arguments.model)} models. Give each model one.")
     if arguments.names is None and len(set(names)) != len(names):
         raise UserError(f"Two models would both be called one of {', '.join(names)}. Tell them apart with --names.")
-    if len(set(arguments.model)) != len(arguments.model):
+    if len({Path(path).resolve() if Path(path).is_dir() else path for path in arguments.model}) < len(names):
         raise UserError("--model names a checkpoint twice. Name each once.")
     models = []
     for name, path in zip(names, arguments.model):
-        if not re.fullmatch(r"[\w.+ -]+", name):
-            raise UserError(f"--names {name!r}: use letters, digits, spaces and . _ + - only; it becomes a file name.")
+        if not re.fullmatch(r"[\w.+ -]+", name, re.ASCII) or " - " in name:
+            raise UserError(
+                f"--names {name!r}: use plain letters, digits, spaces and . _ + - only, and no dash between spaces: "
+                "it becomes a file name, and knock-outs' names have such a dash."
+            )
         run = sum(model.name == name for model in models)
         models.append(Model(name, run, name if names.count(name) == 1 else f"{name} run {run + 1}", path))
     labels = [model.label for model in models]
@@ -213,14 +218,18 @@ def prepare_output(output_dir: Path, overwrite: bool) -> None:
     Make the folder, without an earlier report in it.
 
     Raises:
-        UserError: if one is there and may not be overwritten.
+        UserError: if one is there and may not be overwritten, or files that are not this script's.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    if (output_dir / "report.json").exists() and not overwrite:
-        raise UserError(f"{output_dir} holds a report already. Choose another --output_dir, or give --overwrite true.")
     old = [output_dir / file for file in REPORT_FILES]
-    for file in [*old, *output_dir.glob("report_*.png"), *output_dir.glob("predictions/*.jsonl")]:
-        file.unlink(missing_ok=True)
+    old += [*output_dir.glob("report_*.png"), *output_dir.glob("predictions/*.jsonl")]
+    old = [file for file in old if file.exists()]
+    if (output_dir / "report.json") in old and not overwrite:
+        raise UserError(f"{output_dir} holds a report already. Choose another --output_dir, or give --overwrite true.")
+    if old and (output_dir / "report.json") not in old and not (output_dir / UNFINISHED).is_dir():
+        raise UserError(f"{old[0]} is no part of a report, and would be overwritten. Choose another --output_dir.")
+    for file in old if overwrite else []:
+        file.unlink()
     if overwrite and (output_dir / UNFINISHED).is_dir():
         shutil.rmtree(output_dir / UNFINISHED)
 
@@ -264,6 +273,8 @@ def check(arguments: EvalArguments) -> list[Model]:
         re.compile(arguments.scored_pattern)
     except re.error as error:
         raise UserError(f"--scored_pattern {arguments.scored_pattern}: no regular expression: {error}.") from error
+    if re.match(arguments.scored_pattern, ""):
+        raise UserError(f"--scored_pattern {arguments.scored_pattern!r} matches nothing at all, too, at any place.")
     kinds = {checkpoint_kind(path) for path in arguments.model}
     for kind in arguments.knock_outs:
         takers = WITH_MEMORY if kind in NEEDS_MEMORY else ("pvm", *VARIANTS)
@@ -279,18 +290,13 @@ class Evaluation:
     Args:
         arguments (`EvalArguments`), models (`list[Model]`): checked.
         conversations (`Conversations`): the rows.
-        unfinished (`Unfinished`): where parts are kept until the report is written.
+
+    Raises:
+        UserError: for rows that do not fit what is asked for, and as [`Unfinished`].
     """
 
-    def __init__(
-        self,
-        arguments: EvalArguments,
-        models: list[Model],
-        conversations: Conversations,
-        unfinished: Unfinished,
-    ):
-        self.arguments, self.models = arguments, models
-        self.conversations, self.unfinished = conversations, unfinished
+    def __init__(self, arguments: EvalArguments, models: list[Model], conversations: Conversations):
+        self.arguments, self.models, self.conversations = arguments, models, conversations
         self.prompts: Prompts | None = None
         self.prompts_state: str | None = None
 
@@ -304,6 +310,25 @@ class Evaluation:
             question.distance = distance
         check_references(self.questions, arguments.match, arguments.dataset_name)
         self.probed = choose_rows(self.questions, arguments.probe_rows)
+
+        of_images = [kind for kind in arguments.knock_outs if kind not in ("branch_off", "branch_alone")]
+        if of_images and all(question.distance is None for question in self.questions):
+            raise UserError(f"--knock_outs {' '.join(of_images)}: no row of {arguments.dataset_name} has an image.")
+        if of_images:
+            refuse_videos(conversations)
+        self.changed = {
+            kind: ChangedImages(conversations, blank=kind == "blank_image")
+            for kind in of_images
+            if kind in ("blank_image", "another_image", "another_memory")
+        }
+
+        settings = {key: value for key, value in asdict(arguments).items() if key not in ("overwrite", "output_dir")}
+        rows = hashlib.sha256(json.dumps([asdict(question) for question in self.questions]).encode())
+        settings |= {"rows": [prompts.sha256, rows.hexdigest()]}
+        for path in arguments.model:
+            base = base_of(path)
+            settings[f"files of {path}"] = [files_of(path), base and files_of(base)]
+        self.unfinished = Unfinished(Path(arguments.output_dir) / UNFINISHED, settings)
 
     def run(self) -> dict[str, Any]:
         """
@@ -347,10 +372,9 @@ class Evaluation:
         arguments, processor = self.arguments, checkpoint.processor
         made, others = self._prompts(processor), None
         if knock_out.kind in ("blank_image", "another_image"):
-            changed = ChangedImages(self.conversations, blank=knock_out.kind == "blank_image")
-            made = Prompts(changed, processor)
-        elif knock_out.kind in SPLIT:
-            others = Prompts(ChangedImages(self.conversations, blank=False), processor)
+            made = Prompts(self.changed[knock_out.kind], processor)
+        elif knock_out.kind == "another_memory":
+            others = Prompts(self.changed[knock_out.kind], processor)
         limits = [
             arguments.max_new_tokens or answer_limit(question.reference, processor.tokenizer)
             for question in self.questions
@@ -376,10 +400,12 @@ class Evaluation:
 
     def _probe(self, checkpoint: Checkpoint, label: str, texts: list[str]) -> list[dict[str, Any]]:
         prompts = self._prompts(checkpoint.processor)
-        return [
-            {"index": index, **probe(checkpoint, prompts, index, texts[index], self.questions[index].depths)}
-            for index in tqdm(self.probed, desc=f"{label} - probes", unit="row")
-        ]
+        results = []
+        for index in tqdm(self.probed, desc=f"{label} - probes", unit="row"):
+            question = self.questions[index]
+            seen = probe(checkpoint, prompts, index, texts[index], question.depths)
+            results.append({"index": index, "row": question.row, **seen})
+        return results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -397,10 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
     conversations = load_rows(args)
     output_dir = Path(args.output_dir)
     prepare_output(output_dir, args.overwrite)
-    settings = {key: value for key, value in asdict(args).items() if key not in ("overwrite", "output_dir")}
-    settings |= {"rows": len(conversations), "files": {path: files_of(path) for path in args.model}}
-    unfinished = Unfinished(output_dir / UNFINISHED, settings)
-    evaluation = Evaluation(args, models, conversations, unfinished)
+    evaluation = Evaluation(args, models, conversations)
     result = evaluation.run()
 
     names = dict.fromkeys(model["name"] for model in result["models"])
@@ -426,12 +449,13 @@ def main(arguments: list[str] | None = None) -> None:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if result["probes"]:
         (output_dir / "probes.json").write_text(json.dumps(result["probes"]) + "\n", encoding="utf-8")
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     pictures = draw_all(report, result["probes"], conversations, output_dir)
     text = markdown_report(report, pictures)
     (output_dir / "report.md").write_text(text, encoding="utf-8")
     (output_dir / "report.html").write_text(html_page(text, output_dir), encoding="utf-8")
-    unfinished.remove()
+    # Last, because with it the evaluation is over.
+    (output_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    evaluation.unfinished.remove()
 
     console = Console(soft_wrap=True)
     for line in [*checkpoint_lines(report), *remarks(report)]:
@@ -448,3 +472,5 @@ if __name__ == "__main__":
         main()
     except (UserError, StrictDataclassError, OSError) as error:
         sys.exit(f"eval.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("eval.py: interrupted. The same line goes on with it.")

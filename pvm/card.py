@@ -276,7 +276,7 @@ def _results(entry: dict[str, Any]) -> str:
                 parts += [f"**{table.title}**", table.markdown()]
     if len(intact_names(report)) > 1:
         parts.append(difference_guide(first))
-    parts += [f"- {line}" for line in remarks(report)]
+    parts += [f"- {line}" for line in remarks(report, only_intact=True)]
     parts.append("\n".join(f"- {line}" for line in checkpoint_lines(report)))
     if entry.get("picture"):
         parts.insert(1, f"![Accuracy by distance and by depth]({PICTURE})")
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{path} is no report.json of eval.py: {error}") from error
         mine = [m for m in models if Path(m["path"]).resolve() == args.checkpoint.resolve()]
         if not mine:
-            paths = ", ".join(model["path"] for model in models)
+            paths = ", ".join(dict.fromkeys(model["path"] for model in models))
             raise UserError(f"{path} is a report on {paths}, and {args.checkpoint} is none of them.")
         picture = path.with_name("report.png")
         if number == 0 and picture.is_file():

@@ -112,6 +112,13 @@ def branch_layers(path: str) -> list[int]:
     return stored_config(path)["text_config"]["pvm_layers"]
 
 
+def base_of(path: str) -> str | None:
+    """The checkpoint that one goes into, if it holds only what was trained."""
+    if checkpoint_kind(path) == "adapter":
+        return PeftConfig.from_pretrained(path).base_model_name_or_path
+    return stored_config(path).get("base_model_name_or_path")
+
+
 def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
     """
     Load a stock Qwen3-VL, a PVM checkpoint (this project's or the authors') or a PEFT adapter, on the GPU if there is
@@ -217,7 +224,7 @@ def processor_of(path: str) -> ProcessorMixin:
     has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
     # train.py saves the processor beside the adapter, peft alone does not.
     if checkpoint_kind(path) == "adapter" and not has_processor:
-        return processor_of(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        return processor_of(base_of(path))
     return load_processor(path)
 
 

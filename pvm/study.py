@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import UserError
+from .methods import METHODS
 
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py and eval.py are
@@ -66,14 +67,23 @@ class Study:
             wrong = ", ".join(sorted(f"`{key}`" for key in found ^ wanted))
             raise UserError(f"{path}: a study has the keys {', '.join(sorted(wanted))}; missing or unknown: {wrong}.")
         study = cls(**content)
-        for name, method in study.methods.items():
-            if not method.get("learning_rates"):
+        seeds, methods = study.seeds, study.methods
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+            raise UserError(f"{path}: `seeds` must be a list of whole numbers, e.g. [0, 1, 2].")
+        for key, value in (("train", study.train), ("methods", methods), ("evaluate", study.evaluate)):
+            if not isinstance(value, dict) or not value:
+                raise UserError(f"{path}: `{key}` must hold `name: value` lines.")
+        if "model_name_or_path" not in study.train:
+            raise UserError(f"{path}: `train` lacks `model_name_or_path`, the base of all.")
+        for name, method in methods.items():
+            rates = method.get("learning_rates") if isinstance(method, dict) else None
+            if not isinstance(rates, list) or not rates:
                 raise UserError(f"{path}: methods: {name} has no `learning_rates`. Give a list of one or more.")
-            for rate in method["learning_rates"]:
+            if method.get("method") not in METHODS:
+                raise UserError(f"{path}: methods: {name}: `method` must be one of {', '.join(METHODS)}.")
+            for rate in rates:
                 if not isinstance(rate, float):
-                    raise UserError(
-                        f"{path}: methods: {name}: the learning rate {rate!r} is no number to YAML: 1.0e-3."
-                    )
+                    raise UserError(f"{path}: methods: {name}: the learning rate {rate!r} is no number: write 1.0e-3.")
         return study
 
 
@@ -94,20 +104,40 @@ class Run:
     def finished(self) -> bool:
         return any((self.folder / file).is_file() for file in FINISHED)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What train.py is told."""
+        method = {key: value for key, value in self.study.methods[self.name].items() if key != "learning_rates"}
+        return {**self.study.train, **method, "learning_rate": self.learning_rate, "seed": self.seed}
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: if the run was begun with other settings.
+        """
+        file = self.folder.with_name(f"{self.folder.name}.json")
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.settings
+        different = sorted(key for key in {*before, *self.settings} if before.get(key) != self.settings.get(key))
+        if different:
+            raise UserError(
+                f"{self.folder} was trained with another {', '.join(different)} than the recipe has now. Choose "
+                "another `output_dir`, or delete that folder and the .json file beside it."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.settings) + "\n", encoding="utf-8")
+
     def train(self) -> None:
         """
         Run train.py, or what is left of it.
 
         Raises:
-            UserError: if it ends with an error.
+            UserError: if it ends with an error, or was begun with other settings.
         """
         if self.finished:
             return
-        method = {key: value for key, value in self.study.methods[self.name].items() if key != "learning_rates"}
-        settings = {**self.study.train, **method, "learning_rate": self.learning_rate, "seed": self.seed}
+        settings = self.settings
         if self.folder.is_dir() and get_last_checkpoint(self.folder):
             settings["resume_from_checkpoint"] = "last"
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         log = self.folder.with_name(f"{self.folder.name}.log")
         command = [sys.executable, str(ROOT / "train.py"), *_flags(settings), "--output_dir", str(self.folder)]
         with open(log, "a", encoding="utf-8") as output:
@@ -140,8 +170,10 @@ def train_all(runs: list[Run], jobs: int, description: str) -> None:
     Train what is not trained yet, `jobs` at a time.
 
     Raises:
-        UserError: if any ends with an error; those that have begun are finished first.
+        UserError: if any ends with an error (those that have begun are finished first), or was begun otherwise.
     """
+    for run in runs:
+        run.check()
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc=description, unit="run") as bar:
         futures = [pool.submit(run.train) for run in runs]
         try:
@@ -167,6 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="the recipe of the study")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give a number from 1")
     study = Study.load(args.config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -193,10 +227,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     models = [study.train["model_name_or_path"], *(str(run.folder) for run in chosen)]
     settings = {"output_dir": str(Path(study.output_dir) / "report"), **study.evaluate}
-    if (Path(settings["output_dir"]) / "report.json").is_file():
-        console.print(f"The report is written: {settings['output_dir']}/report.html")
-        return
     settings |= {"model": models, "names": ["base", *(run.name for run in chosen)]}
+    file = Path(settings["output_dir"]) / "report.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))["arguments"]
+        different = [key for key, value in settings.items() if before[key] != value]
+        if different:
+            raise UserError(f"{file} is a report with another {', '.join(different)}. Move it away to make a new one.")
+        console.print(f"The report is written: {file.with_name('report.html')}")
+        return
     sys.exit(subprocess.run([sys.executable, str(ROOT / "eval.py"), *_flags(settings)]).returncode)
 
 
@@ -205,3 +244,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"pvm.study: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("pvm.study: interrupted. The same line goes on with it.")

@@ -35,6 +35,7 @@ from pvm.evaluation import questions as questions_module
 from pvm.evaluation.answering import answer, make_batches
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
+from pvm.evaluation.unfinished import Unfinished
 from pvm.methods import LORA_TARGETS, pvm_blocks
 from pvm.sources import load_conversations
 
@@ -295,7 +296,7 @@ def read_records(output_dir: Path, name: str) -> list[dict]:
 
 def test_files(output_dir):
     names = {"report.html", "report.json", "report.md", "probes.json", "predictions", "report.png"}
-    names |= {f"report_{what}.png" for what in ("attention", "lens", "branches", "heat_PVM")}
+    names |= {f"report_{what}.png" for what in ("attention", "lens", "branches", "heat PVM")}
     assert {file.name for file in output_dir.iterdir()} - {"report_lengths.png"} == names
     assert {file.name for file in (output_dir / "predictions").iterdir()} == {"base.jsonl", "PVM.jsonl"}
     for file in output_dir.glob("*.png"):
@@ -375,6 +376,9 @@ def test_a_report_is_overwritten_only_on_request(flags, output_dir, tmp_path):
     [
         (["--names", "one"], "1 names for 2 models"),
         (["--probe_rows", "-1"], "--probe_rows -1"),
+        (["--scored_pattern", "x*"], "matches nothing at all"),
+        (["--names", "a", "b - c"], "no dash between spaces"),
+        (["--names", "a", "modèle"], "plain letters"),
         (["--names", "a/b", "c"], "file name"),
         (["--group_by", "colour"], "columns are"),
         (["--group_by", "messages"], "values, and at most"),
@@ -459,6 +463,52 @@ def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypa
     for key in ("overall", "groups", "comparisons", "probes"):
         assert whole[key] == again[key]
     assert not (folder / "unfinished").exists()
+
+
+def test_knock_outs_of_every_kind_of_model_on_rows_with_and_without_images(base, pvm_folder, data, tmp_path):
+    """The stock model knows no switch, and a row without an image has nothing that could be hidden."""
+    eval_script.main(
+        ["--model", str(base), str(pvm_folder), "--names", "base", "PVM", "--dataset_name", str(data),
+         "--max_new_tokens", "2", "--knock_outs", "blind", "branch_off", "--output_dir", str(tmp_path / "report")]
+    )  # fmt: skip
+    records = {name: read_records(tmp_path / "report", name) for name in ("base", "base - blind", "PVM - blind")}
+    assert records["base"][-1]["distance"] is None
+    assert records["base"][-1]["prediction"] == records["base - blind"][-1]["prediction"]
+    blind = [[record["prediction"] for record in records[f"{name} - blind"]] for name in ("base", "PVM")]
+    assert blind[0] == blind[1], "without sight of the image, branches off: the base"
+    assert "1 of 12 questions have no image" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_changed_data_is_not_mixed_with_earlier_answers(base, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(data, tmp_path / "data")
+    flags = ["--model", str(base), "--dataset_name", str(folder), "--output_dir", str(tmp_path / "report")]
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GenerationMixin, "generate", interrupted)
+        eval_script.main(flags)
+    rows = Dataset.from_parquet(str(folder / "test.parquet"))
+    rows.select(range(len(rows) - 1, -1, -1)).to_parquet(folder / "test.parquet")
+    with pytest.raises(UserError, match="its rows was other than now"):
+        eval_script.main(flags)
+
+
+def test_files_that_are_no_report_are_left_alone(base, data, tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(UserError, match=r"report\.md is no part of a report"):
+        eval_script.main(
+            ["--model", str(base), "--dataset_name", str(data), "--output_dir", str(tmp_path), "--overwrite", "true"]
+        )
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+def test_one_folder_takes_one_evaluation_at_a_time(tmp_path):
+    first = Unfinished(tmp_path / "unfinished", {"a": 1})
+    with pytest.raises(UserError, match="Another process is evaluating"):
+        Unfinished(tmp_path / "unfinished", {"a": 1})
+    first.remove()
 
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):

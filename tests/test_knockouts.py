@@ -101,6 +101,16 @@ def test_changed_images(conversations):
             assert other.others[index] != index and shown != read_image(images[0]).tobytes()
 
 
+def test_rows_about_the_same_image_are_not_shown_it_again(tmp_path):
+    for k, name in enumerate("abc"):
+        Image.new("RGB", (32, 32), (60 * k, 0, 0)).save(tmp_path / f"{name}.png")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
+    rows = [{"images": [f"{name}.png"], "messages": turns} for name in "aaabbc"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ChangedImages(load_conversations(str(tmp_path / "rows.jsonl"), "train"), blank=False).others == [
+        3, 3, 3, 5, 5, 0]  # fmt: skip
+
+
 def test_an_image_that_no_other_row_could_replace(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
@@ -108,7 +118,7 @@ def test_an_image_that_no_other_row_could_replace(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = load_conversations(str(tmp_path / "rows.jsonl"), "train")
     assert len(ChangedImages(rows, blank=True)) == 2
-    with pytest.raises(UserError, match="row 0: no other row has 1 images to show instead"):
+    with pytest.raises(UserError, match="row 0: no other row has 1 images, all of them others"):
         ChangedImages(rows, blank=False)
 
 

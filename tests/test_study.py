@@ -58,6 +58,15 @@ def test_a_study(base, conversations, tmp_path, capsys):
     study_module.main(["--config", str(file)])
     assert "The report is written" in capsys.readouterr().out
     assert len(logs) == 3 and logs == {log: log.stat().st_size for log in logs}
+    # With another recipe it says so, and uses nothing of the old one.
+    content = yaml.safe_load(file.read_text())
+    changed = {**content, "evaluate": {**content["evaluate"], "max_samples": 1}}
+    file.write_text(yaml.safe_dump(changed))
+    with pytest.raises(UserError, match="is a report with another max_samples"):
+        study_module.main(["--config", str(file)])
+    file.write_text(yaml.safe_dump({**content, "train": {**content["train"], "max_steps": 3}}))
+    with pytest.raises(UserError, match="was trained with another max_steps than the recipe has now"):
+        study_module.main(["--config", str(file)])
 
 
 def test_a_training_that_fails_is_named(base, conversations, tmp_path):
@@ -84,7 +93,13 @@ def test_a_training_goes_on_from_its_last_checkpoint(base, conversations, tmp_pa
     [
         ({"colour": "red"}, "missing or unknown: `colour`"),
         ({"methods": {"PVM": {"method": "pvm"}}}, "PVM has no `learning_rates`"),
-        ({"methods": {"PVM": {"learning_rates": ["1e-3"]}}}, "is no number to YAML"),
+        ({"methods": {"PVM": {"method": "pvm", "learning_rates": ["1e-3"]}}}, "is no number: write 1.0e-3"),
+        ({"methods": {"PVM": None}}, "PVM has no `learning_rates`"),
+        ({"methods": ["PVM"]}, "`methods` must hold"),
+        ({"methods": {"PVM": {"method": "magic", "learning_rates": [1.0e-3]}}}, "`method` must be one of pvm, lora"),
+        ({"seeds": 3}, "`seeds` must be a list"),
+        ({"seeds": []}, "`seeds` must be a list"),
+        ({"train": {"max_steps": 1}}, "`train` lacks `model_name_or_path`"),
     ],
 )
 def test_what_is_no_recipe_is_refused(base, conversations, tmp_path, changes, sentence):

@@ -89,12 +89,13 @@ def answer(
         for rows in left:
             batch, (limit, distance) = inputs(prompts, rows), kinds[rows[0]]
             if distance:
-                other = inputs(others, rows)
+                other = None if others is None else inputs(others, rows)
                 generated = generate_split(
                     checkpoint.plain_model, batch, other, distance, knock_out, limit, ends
                 ).cpu()
             else:
-                switch = {} if knock_out.use_pvm is True else {"use_pvm": knock_out.use_pvm}
+                has_switch = bool(checkpoint.description.gates) and knock_out.use_pvm is not True
+                switch = {"use_pvm": knock_out.use_pvm} if has_switch else {}  # which the stock model does not know
                 generated = model.generate(**batch, max_new_tokens=limit, **switch)
                 generated = generated[:, batch["input_ids"].shape[1] :].cpu()
             ended = torch.isin(generated, ends)

@@ -75,32 +75,50 @@ def knock_outs(kinds: Sequence[str], layers: Sequence[int], reads_images: bool) 
     return chosen
 
 
+def refuse_videos(conversations: Conversations) -> None:
+    """
+    Raises:
+        UserError: naming the row, if one has a video: what knock-outs do to images, they do not do to videos.
+    """
+    for index in range(len(conversations)):
+        if conversations[index].videos:
+            raise UserError(f"{conversations.where(index)}: knock-outs of images take no videos.")
+
+
 class ChangedImages:
     """
-    Conversations whose images are gray, or those of another row: the next one with as many, scaled to the same sizes.
+    Conversations whose images are gray, or those of another row: the next one that has as many, but others, scaled to
+    the same sizes.
 
     Args:
         conversations (`Conversations`): the rows.
         blank (`bool`): gray images.
 
     Raises:
-        UserError: if a row has a video, or no other row has as many images.
+        UserError: if a row has a video, or no other row has as many images and others.
     """
 
     def __init__(self, conversations: Conversations, blank: bool):
+        refuse_videos(conversations)
         self.conversations, self.blank = conversations, blank
-        self.others: list[int] = []
+        pictures = [
+            [file["bytes"] or file["path"] for file in conversations[index].images]
+            for index in range(len(conversations))
+        ]
         rows: dict[int, list[int]] = {}
-        for index in range(len(conversations)):
-            conversation = conversations[index]
-            if conversation.videos:
-                raise UserError(f"{conversations.where(index)}: knock-outs of images take no videos.")
-            rows.setdefault(len(conversation.images), []).append(index)
-        following = {index: same[(k + 1) % len(same)] for same in rows.values() for k, index in enumerate(same)}
-        self.others = [following[index] for index in range(len(conversations))]
+        for index, shown in enumerate(pictures):
+            rows.setdefault(len(shown), []).append(index)
+        self.others = list(range(len(conversations)))
         for count, same in rows.items():
-            if count and len(same) == 1 and not blank:
-                raise UserError(f"{conversations.where(same[0])}: no other row has {count} images to show instead.")
+            for k, index in enumerate(same if count and not blank else []):
+                following = (same[(k + step) % len(same)] for step in range(1, len(same)))
+                other = next((row for row in following if not set(pictures[row]) & set(pictures[index])), None)
+                if other is None:
+                    raise UserError(
+                        f"{conversations.where(index)}: no other row has {count} images, all of them others, to show "
+                        "instead."
+                    )
+                self.others[index] = other
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -128,7 +146,7 @@ def _as_file(picture: Image.Image) -> dict:
 def generate_split(
     model: PreTrainedModel,
     batch: dict[str, torch.Tensor],
-    other: dict[str, torch.Tensor],
+    other: dict[str, torch.Tensor] | None,
     distance: int,
     knock_out: KnockOut,
     max_new_tokens: int,
@@ -139,7 +157,7 @@ def generate_split(
 
     Args:
         batch: left-padded inputs `[batch, sequence]` whose last visual token is `distance + 1` tokens before the end.
-        other: the same prompts with the images of other rows.
+        other: the same prompts with the images of other rows, for `another_memory`.
         distance (`int`): tokens after the last visual token.
         ends (`torch.LongTensor` `[n]`): tokens that end an answer.
 

@@ -92,8 +92,9 @@ def paired_difference(
         same_runs (`bool`): the k-th runs of the two are the same checkpoint, and are resampled together, too.
 
     Returns:
-        `dict`: `n` outcomes of each run, the `difference` of their accuracies, and the `interval` that holds 95 % of
-        the differences over 2,000 resamples (always the same ones) of the rows and, where there are several, the runs.
+        `dict`: `n` outcomes of each run in `rows` rows, the `difference` of their accuracies, and the `interval` that
+        holds 95 % of the differences over 2,000 resamples (always the same ones) of the rows and, where there are
+        several, the runs.
 
     Raises:
         ValueError: if the rows do not pair up.
@@ -108,6 +109,7 @@ def paired_difference(
     differences = _resampled_means(after, counts, second_draws) - _resampled_means(before, counts, first_draws)
     return {
         "n": int(counts.sum()),
+        "rows": int((counts > 0).sum()),
         "difference": float((after.mean(axis=0) - before.mean(axis=0)).sum() / counts.sum()),
         "interval": _central_95(differences),
     }

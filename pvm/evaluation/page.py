@@ -3,6 +3,7 @@
 import re
 from base64 import b64encode
 from pathlib import Path
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
@@ -55,5 +56,5 @@ def html_page(markdown: str, folder: Path) -> str:
 
 
 def _embedded(folder: Path, name: str) -> str:
-    content = b64encode((folder / name.replace("%20", " ")).read_bytes()).decode()
+    content = b64encode((folder / unquote(name)).read_bytes()).decode()
     return f'<img src="data:image/png;base64,{content}"'

@@ -54,7 +54,7 @@ def draw_all(
     files = {}
     for what, figure in figures.items():
         if figure is not None:
-            files[what] = "report.png" if what == "accuracy" else f"report_{what.replace(' ', '_')}.png"
+            files[what] = "report.png" if what == "accuracy" else f"report_{what}.png"
             figure.savefig(folder / files[what])
     return files
 
@@ -96,7 +96,7 @@ def _lengths(report: dict[str, Any], models: list[str], colours: dict[str, str])
         ax.set_ylabel("correct answers")
         ax.set_ylim(-0.02, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        ax.legend(frameon=False)
+        _legend(ax)
         _plain(ax)
     return figure
 
@@ -107,20 +107,20 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
     if not entries:
         return None
     groups = list(report["groups"])
-    figure, axes = _panels(len(groups), height=1.6 + 0.32 * len(entries))
-    for ax, group in zip(axes, groups):
+    figure = Figure(figsize=(9, (1.2 + 0.34 * len(entries)) * len(groups)), dpi=100, layout="constrained")
+    for ax, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups):
         found = {entry["of"]: entry for entry in report["comparisons"][group] if entry["of"] in entries}
         for place, (name, intact) in enumerate(reversed(entries.items())):
             for what, shift, face in (("answers", 0.12, colours[intact]), ("pieces", -0.12, "white")):
                 if result := found[name][what]:
+                    points = [100 * value for value in (*result["interval"], result["difference"])]
                     height = [place + shift] * 2
-                    ax.plot(result["interval"], height, color=colours[intact], linewidth=1.5)
-                    ax.plot([result["difference"]], height[:1], "o", color=colours[intact], markerfacecolor=face)
+                    ax.plot(points[:2], height, color=colours[intact], linewidth=1.5)
+                    ax.plot(points[2:], height[:1], "o", color=colours[intact], markerfacecolor=face)
         ax.axvline(0, color="#888888", linewidth=1)
-        ax.set_yticks(range(len(entries)), list(reversed(entries)) if ax is axes[0] else [""] * len(entries))
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_yticks(range(len(entries)), list(reversed(entries)))
         ax.set_title(_title("Lost or won by a knock-out", group))
-        ax.set_xlabel("correct answers (open: pieces), against the intact model\n(bars: 95% intervals)")
+        ax.set_xlabel("percentage points of correct answers (open: of pieces), against the intact model; bars: 95%")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -168,7 +168,7 @@ def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None
         _plain(ax)
     (position if position.has_data() else ratio).set_ylabel("self-attention on the image")
     layer.xaxis.set_major_locator(MaxNLocator(integer=True))
-    layer.legend(frameon=False)
+    _legend(layer)
     return figure
 
 
@@ -184,7 +184,7 @@ def _lens(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
     ax.set_title("How far each layer is from the final prediction")
     ax.set_xlabel("after decoder layer")
     ax.set_ylabel("KL(final || lens), nats")
-    ax.legend(frameon=False)
+    _legend(ax)
     _plain(ax)
     return figure
 
@@ -202,13 +202,13 @@ def _branches(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
         x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
         ax.bar(x, shares, width=0.9 * width, color=colours[name], label=f"{name}: branch")
         ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
-        ax.plot(x, ffn, color=colours[name], linestyle="none", marker="_", markersize=14, label=f"{name}: FFN")
+        ax.plot(x, ffn, color="#777777", linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_title("What is added, against the stream")
+    ax.set_title("What branches add, against the stream (gray: the FFN)")
     ax.set_xlabel("decoder layer")
     ax.set_ylabel("root mean square, share of the stream's")
-    ax.legend(frameon=False)
+    _legend(ax)
     _plain(ax)
     return figure
 
@@ -226,7 +226,7 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
     for (row, heat), line in zip(lines, axes):
         image = read_image(conversations[row["index"]].images[0])
         line[0].imshow(image)
-        line[0].set_ylabel(f"row {row['index']}\n“{heat['text']}” at {heat['token']}")
+        line[0].set_ylabel(f"row {row['row']}\n“{heat['text']}” at {heat['token']}")
         maps = {**heat["branches"], "self": heat["self_attention"]}
         for ax, source in zip(line[1:], sources):
             weights = np.array(maps[source]).reshape(row["grid"])
@@ -243,6 +243,11 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
 def _panels(number: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(4.6 * number, 6.5), height), dpi=100, layout="constrained")
     return figure, list(figure.subplots(1, number, squeeze=False)[0])
+
+
+def _legend(ax: Axes) -> None:
+    """Beside the panel, where it hides nothing."""
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _plain(ax: Axes) -> None:
@@ -299,7 +304,8 @@ def _plot_depth(ax: Axes, report: dict[str, Any], group: str, models: list[str])
 def _counts(bins: list[dict[str, Any]], what: str) -> str:
     fewest, most = min(result["n"] for result in bins), max(result["n"] for result in bins)
     count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"(a point: {count} {what}; shaded: 95% interval; thin: single runs)"
+    single = "; thin: single runs" if any("by_run" in result for result in bins) else ""
+    return f"(a point: {count} {what}; shaded: 95% interval{single})"
 
 
 def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -286,17 +286,17 @@ def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] |
 
     Returns:
         `dict`: `exponent` and `half` (the x at which half of the attention is on the image) by least squares on
-        log-odds against log x, with the `interval`s of 95 % of resamples of rows; `None` if x does not vary.
+        log-odds against log x, with the `interval`s of 95 % of resamples of rows, and `r2`; `None` if x does not vary.
     """
     kept = [[(x, share) for x, share in row if x > 0 and 0 < share < 1] for row in rows]
-    # By row: the sums that a regression of log-odds on log x is made of, [rows, 5].
+    # By row: the sums that a regression of log-odds on log x is made of, [rows, 6].
     logs = [[(math.log(x), math.log(share / (1 - share))) for x, share in row] for row in kept if row]
-    sums = np.array([np.sum([[1, u, u * u, v, u * v] for u, v in row], axis=0) for row in logs])
+    sums = np.array([np.sum([[1, u, u * u, v, u * v, v * v] for u, v in row], axis=0) for row in logs])
     if len(sums) == 0 or np.ptp([x for row in kept for x, _ in row]) < 1:
         return None
 
     def solve(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        n, u, uu, v, uv = total.T
+        n, u, uu, v, uv, _ = total.T
         spread = n * uu - u * u
         with np.errstate(divide="ignore", invalid="ignore"):  # resamples that hold a single x
             slope = (n * uv - u * v) / spread
@@ -304,7 +304,9 @@ def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] |
 
     exponent, half = solve(sums.sum(axis=0)[None])
     drawn = [values[np.isfinite(values)] for values in solve(draws(len(sums), stream=0) @ sums)]
+    n, u, uu, v, uv, vv = sums.sum(axis=0)
     return {
+        "r2": float((n * uv - u * v) ** 2 / ((n * uu - u * u) * (n * vv - v * v))),
         "exponent": float(exponent[0]),
         "exponent_interval": np.quantile(drawn[0], [0.025, 0.975]).tolist(),
         "half": float(half[0]),

@@ -1,5 +1,6 @@
 """The rows of a data set as questions: what a model is given, what it should answer, and where the image is."""
 
+import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -56,13 +57,16 @@ class Prompts:
         self.lengths: list[int] = []
         self.distances: list[int | None] = []
         self.kept: list[dict[str, torch.Tensor] | None] = []
-        kept_bytes = 0
+        kept_bytes, digest = 0, hashlib.sha256()
         for index in tqdm(range(len(self.dataset)), desc="preparing", unit="row"):
             example = self.dataset[index]
             self.lengths.append(len(example["input_ids"]))
             self.distances.append(image_distance(example["mm_token_type_ids"]))
             kept_bytes += sum(value.nbytes for value in example.values())
+            for value in example.values():
+                digest.update(value.contiguous().numpy().tobytes())
             self.kept.append(example if kept_bytes <= KEPT_BYTES else None)
+        self.sha256 = digest.hexdigest()  # of all that models are given
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.kept[index] or self.dataset[index]

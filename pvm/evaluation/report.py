@@ -1,6 +1,7 @@
 """An evaluation in words and tables: for the terminal and for report.md."""
 
 from typing import Any
+from urllib.parse import quote
 
 from rich.table import Table as RichTable
 
@@ -60,10 +61,12 @@ def rich_tables(report: dict[str, Any]) -> list[RichTable]:
     return [table.rich() for table in tables]
 
 
-def remarks(report: dict[str, Any]) -> list[str]:
+def remarks(report: dict[str, Any], only_intact: bool = False) -> list[str]:
     """Sentences on what a reader could otherwise take wrongly; empty if there is nothing of the kind."""
     sentences = []
     for model in report["models"]:
+        if only_intact and model["knock_out"] != "nothing":
+            continue
         if model["gates_on"] is False and model["knock_out"] == "nothing":
             sentences.append(f"All gates of {model['label']} are exactly 0: it computes what its base computes.")
         if model["answers_cut"]:
@@ -89,14 +92,16 @@ def findings(report: dict[str, Any]) -> list[str]:
                 sentences += _length_finding(result["by_length"], name, other, group)
         for entry, kind in knocked_out(report, name).items():
             result = compared(report, group, entry, name)
-            sentences.append(f"{FINDING[kind].format(name=name)}{of_group(group)}: {_verdict(result)}")
+            what = FINDING[kind].format(name=name, layer=entry.rpartition(" ")[2])
+            sentences.append(f"{what}{of_group(group)}: {_verdict(result)}")
     return sentences
 
 
 # What a knock-out is called where its effect is told.
+FEW_ROWS = 10  # of which no interval is worth a sentence
 FINDING = {
     "branch_off": "{name} with its branches off, against intact",
-    "branch_alone": "{name} with one branch alone, against intact",
+    "branch_alone": "{name} with the branch of layer {layer} alone, against intact",
     "blank_image": "{name} shown a gray image, against its own",
     "another_image": "{name} shown another image, against its own",
     "another_memory": "{name} with its branches reading another image, against its own",
@@ -112,21 +117,24 @@ def _verdict(entry: dict[str, Any]) -> str:
 
 def _direction(result: dict[str, Any], what: str) -> str:
     low, high = result["interval"]
+    if result["rows"] < FEW_ROWS or (low == high and result["difference"] != 0):
+        return f"{difference(result)} points, of {result['rows']:,} questions, too few to say more"
     if low > 0:
         sign = "better by"
     elif high < 0:
         sign = "worse by"
     else:
-        return f"no difference that {result['n']:,} {what} could show, {difference(result)} points"
+        n = f"{result['n']:,} {what}" + (f" of {result['rows']:,} answers" if what == "pieces" else "")
+        return f"no difference that {n} could show, {difference(result)} points"
     points, bounds = difference(result).lstrip("+-").split(" ", 1)
     return f"{sign} {points} points {bounds}"
 
 
 def _length_finding(spans: list[dict[str, Any]], name: str, other: str, group: str) -> list[str]:
-    if len(spans) < 2:
+    if len(spans) < 2 or spans[0]["rows"] < FEW_ROWS or spans[-1]["rows"] < FEW_ROWS:
         return []
     shortest, longest = (
-        f"{difference(span)} points in the {which} answers ({bin_label(span)} tokens)"
+        f"{difference(span)} points in the {which} answers ({bin_label(span)} tokens, n = {span['n']})"
         for span, which in ((spans[0], "shortest"), (spans[-1], "longest"))
     )
     return [f"{name} against {other}, by length{of_group(group)}: {shortest}, {longest}"]
@@ -143,7 +151,7 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
     arguments, names = report["arguments"], intact_names(report)
 
     def picture(what: str, alt: str) -> list[str]:
-        return [f"![{alt}]({pictures[what]})"] if what in pictures else []
+        return [f"![{alt}]({quote(pictures[what])})"] if what in pictures else []
 
     parts = [
         f"# {', '.join(names)} on {report['dataset']['name']}",
@@ -212,22 +220,28 @@ def cautions(report: dict[str, Any]) -> list[str]:
     names = intact_names(report)
     single = [name for name in names if "runs" not in report["overall"][name]]
     trained = [name for name in single if any(m["name"] == name and m["step"] for m in report["models"])]
-    intervals = sum(
-        2 + len(entry["by_distance"]) + len(entry["by_length"])
-        for entries in report["comparisons"].values()
-        for entry in entries
-    )
+    counts = [result["runs"] for name, result in report["overall"].items() if name in names and "runs" in result]
+    without = sum(scores[names[0]]["by_distance"]["without_image"]["n"] for scores in report["groups"].values())
     sentences = ["One data set: what holds here need not hold elsewhere."]
     if trained:
         sentences.append(
             f"{', '.join(trained)}: one training each. The intervals cover the choice of questions, not that of "
             "training runs, which may differ by more."
         )
-    if intervals > 10:
+    if counts:
         sentences.append(
-            f"About {intervals} differences are reported with 95 % intervals. Where nothing differs, one in twenty of "
-            "them excludes zero by chance."
+            f"The number of runs is small (down to {min(counts)}): intervals that draw runs again are then too narrow "
+            "and hold the truth less often than they say."
         )
+    if without:
+        sentences.append(
+            f"{without:,} of {report['rows']:,} questions have no image. They count in every number, and knock-outs "
+            "of images take nothing from them."
+        )
+    sentences.append(
+        "Many differences are reported, each with a 95 % interval. Where nothing differs, one in twenty excludes zero "
+        "by chance."
+    )
     sentences.append("That an interval includes zero is no proof that there is no difference: look at how wide it is.")
     if report["probes"]:
         rows = next(iter(report["probes"].values()))["rows"]
@@ -262,8 +276,9 @@ def _knock_outs(report: dict[str, Any], picture: list[str]) -> list[str]:
         return []
     parts = [
         "## What was taken away",
-        "The same checkpoint answers the same questions with something missing. What it then gets wrong, it had from "
-        "there; what it still gets right, it had not.",
+        "The same checkpoint answers the same questions with something missing. What is lost rested on it, at least "
+        "in part; what is kept had another source as well, or was guessed (`blind` shows how much guessing gives). A "
+        "model that was never trained without it may also fail for being disturbed.",
         _bullets([f"**{kind.replace('_', ' ')}**: {KNOCK_OUTS[kind]}." for kind in kinds]),
         *picture,
     ]
@@ -284,12 +299,12 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
         "### Where self-attention goes",
         "The share of a text token's self-attention that goes to visual tokens, a mean over heads and layers: on the "
         f"left as an answer of at least {LONG_TEXT} tokens grows, in the middle by how many text tokens there are for "
-        "each visual one, on the right by layer. Dotted: what the image would get if every token got the same. The "
-        "paper bounds the share by a curve that falls like 1/t; the lines in the middle are fits of `share = 1 / (1 + "
-        "(x / half)^exponent)`, which is that curve where the exponent is 1.",
+        "each visual one, on the right by layer. In the middle, dotted: what the image would get if every token got "
+        "the same. The paper bounds the share by a curve that falls like 1/t; the lines in the middle are fits of "
+        "`share = 1 / (1 + (x / half)^exponent)`, which is that curve where the exponent is 1.",
     ]
     if "attention" in pictures:
-        parts.append(f"![Share of self-attention on the image]({pictures['attention']})")
+        parts.append(f"![Share of self-attention on the image]({quote(pictures['attention'])})")
     if table := attention_table(report):
         parts += ["**Exponent**: 1 is the paper's 1/t, less is slower. **Half at**: text tokens per visual token at "
                   "which half of the attention is on the image.", table.markdown()]  # fmt: skip
@@ -299,7 +314,7 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
             "The distance (KL divergence, in nats) from the final prediction to that which the model's own last norm "
             "and head would make of the stream after each layer (logit lens): low is near. In early layers this says "
             "little: the stream there is not written in the head's language, and a large value means only that.",
-            f"![KL divergence by layer]({pictures['lens']})",
+            f"![KL divergence by layer]({quote(pictures['lens'])})",
         ]
     if table := branch_table(report):
         parts += [
@@ -310,7 +325,7 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
             table.markdown(),
         ]
         if "branches" in pictures:
-            parts.append(f"![Size of what branches add]({pictures['branches']})")
+            parts.append(f"![Size of what branches add]({quote(pictures['branches'])})")
     maps = {what.removeprefix("heat "): file for what, file in pictures.items() if what.startswith("heat ")}
     if maps:
         parts += [
@@ -318,7 +333,7 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
             "For some tokens, about to be written: the attention of each branch over the image, and that of "
             "self-attention (a mean over layers), each of sum 1. Strong red is much; the number is the largest share.",
         ]
-        parts += [f"![Attention over the image of {name}]({file})" for name, file in maps.items()]
+        parts += [f"![Attention over the image of {name}]({quote(file)})" for name, file in maps.items()]
     return parts
 
 

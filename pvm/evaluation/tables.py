@@ -19,8 +19,8 @@ class Table:
 
     def markdown(self) -> str:
         alignment = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = [self.header, alignment, *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines = [[_cell(text) for text in line] for line in (self.header, *self.rows)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], alignment, *lines[1:]))
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, title_justify="left")
@@ -29,6 +29,11 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def _cell(text: str) -> str:
+    """Names are the user's: what would end a cell or a row is written so that it does not."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def share(result: dict[str, Any]) -> str:
@@ -85,7 +90,7 @@ def _negative(result: dict[str, Any]) -> dict[str, Any]:
 
 def overall_table(report: dict[str, Any]) -> Table:
     names = intact_names(report)
-    results = {"all": report["overall"]}
+    results = {"all together" if len(report["groups"]) > 1 else "all": report["overall"]}
     if len(report["groups"]) > 1:
         by_group = {
             group: {name: scores[name]["accuracy"] for name in names} for group, scores in report["groups"].items()
@@ -211,9 +216,14 @@ def attention_table(report: dict[str, Any]) -> Table | None:
                     str(probes["rows"]),
                     f"{decay['exponent']:.2f} [{low:.2f}, {high:.2f}]",
                     f"{decay['half']:.2f} [{near:.2f}, {far:.2f}]",
+                    f"{decay['r2']:.2f}",
                 ]
             )
-    return Table("Decay of attention to the image", ["model", "rows", "exponent", "half at"], rows) if rows else None
+    return (
+        Table("Decay of attention to the image", ["model", "rows", "exponent", "half at", "R²"], rows)
+        if rows
+        else None
+    )
 
 
 def branch_table(report: dict[str, Any]) -> Table | None:

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import UserError
-
-
-SETTINGS = "settings.json"
 
 
 class Unfinished:
@@ -25,10 +24,17 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder = folder
+        self.folder, self.parts = folder, folder / "parts"
         settings = json.loads(json.dumps(settings))
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / SETTINGS
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "lock")  # which ends with the process, however that ends
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"Another process is evaluating into {folder.parent}. Choose another --output_dir."
+            ) from error
+        file = folder / "settings.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
         different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
         if different:
@@ -41,20 +47,21 @@ class Unfinished:
 
     def journal(self, label: str) -> Path:
         """A file to add to while a part is in the making."""
-        return self.folder / f"{label}.jsonl"
+        return self.parts / f"{label}.jsonl"
 
     def load(self, label: str) -> Any:
         """A part that is complete, or `None`."""
-        file = self.folder / f"{label}.json"
+        file = self.parts / f"{label}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def save(self, label: str, part: Any) -> None:
         """Keep a complete part."""
-        self._write(self.folder / f"{label}.json", part)
+        self._write(self.parts / f"{label}.json", part)
         self.journal(label).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything: the report is written."""
+        self._lock.release()
         shutil.rmtree(self.folder)
 
     def _write(self, file: Path, content: Any) -> None:
@@ -65,9 +72,12 @@ class Unfinished:
 
 
 def files_of(checkpoint: str) -> list[list[Any]] | None:
-    """Names, sizes and times of a local checkpoint's files: another training in the same folder has others."""
+    """
+    Names, sizes and times of a local checkpoint's files, those of LoRA beside branches among them: another training in
+    the same folder has others. `None` for a Hub name.
+    """
     folder = Path(checkpoint)
     if not folder.is_dir():
         return None
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = sorted(file for file in [*folder.iterdir(), *folder.glob("lora/*")] if file.is_file())
+    return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
