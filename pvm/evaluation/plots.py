@@ -119,6 +119,7 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
                     ax.plot(points[2:], height[:1], "o", color=colours[intact], markerfacecolor=face)
         ax.axvline(0, color="#888888", linewidth=1)
         ax.set_yticks(range(len(entries)), list(reversed(entries)))
+        ax.set_ylim(-0.5, len(entries) - 0.5)
         ax.set_title(_title("Lost or won by a knock-out", group))
         ax.set_xlabel("percentage points of correct answers (open: of pieces), against the intact model; bars: 95%")
         ax.grid(axis="x", alpha=0.3)
