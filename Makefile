@@ -1,6 +1,6 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make test      run the tests
-# make study     PVM and its controls at five seeds, with a report: about two hours, resumable; make variants: one more
+# make study     PVM and its controls at five seeds, with a report: under two hours, resumable; make variants: one more
 # make style     format the code;   make quality: check it
 # make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)

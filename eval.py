@@ -28,7 +28,6 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -164,7 +163,10 @@ class EvalArguments:
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace a report that is in output_dir already."})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace what is in output_dir already: a report, or what was begun with other arguments."},
+    )
 
 
 @dataclass
@@ -213,25 +215,26 @@ def name_models(arguments: EvalArguments) -> list[Model]:
     return models
 
 
-def prepare_output(output_dir: Path, overwrite: bool) -> None:
+def report_files(output_dir: Path) -> list[Path]:
+    """What is there of a report."""
+    named = [output_dir / file for file in REPORT_FILES]
+    pictures, predictions = output_dir.glob("report_*.png"), output_dir.glob("predictions/*.jsonl")
+    return [file for file in (*named, *pictures, *predictions) if file.exists()]
+
+
+def check_output(output_dir: Path, overwrite: bool) -> None:
     """
-    Make the folder, without an earlier report in it.
+    Make the folder.
 
     Raises:
-        UserError: if one is there and may not be overwritten, or files that are not this script's.
+        UserError: if a report is there and may not be overwritten, or files that are not this script's.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    old = [output_dir / file for file in REPORT_FILES]
-    old += [*output_dir.glob("report_*.png"), *output_dir.glob("predictions/*.jsonl")]
-    old = [file for file in old if file.exists()]
-    if (output_dir / "report.json") in old and not overwrite:
+    old = report_files(output_dir)
+    if output_dir / "report.json" in old and not overwrite:
         raise UserError(f"{output_dir} holds a report already. Choose another --output_dir, or give --overwrite true.")
-    if old and (output_dir / "report.json") not in old and not (output_dir / UNFINISHED).is_dir():
+    if old and output_dir / "report.json" not in old and not (output_dir / UNFINISHED).is_dir():
         raise UserError(f"{old[0]} is no part of a report, and would be overwritten. Choose another --output_dir.")
-    for file in old if overwrite else []:
-        file.unlink()
-    if overwrite and (output_dir / UNFINISHED).is_dir():
-        shutil.rmtree(output_dir / UNFINISHED)
 
 
 def load_rows(arguments: EvalArguments) -> Conversations:
@@ -328,7 +331,7 @@ class Evaluation:
         for path in arguments.model:
             base = base_of(path)
             settings[f"files of {path}"] = [files_of(path), base and files_of(base)]
-        self.unfinished = Unfinished(Path(arguments.output_dir) / UNFINISHED, settings)
+        self.unfinished = Unfinished(Path(arguments.output_dir) / UNFINISHED, settings, arguments.overwrite)
 
     def run(self) -> dict[str, Any]:
         """
@@ -422,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("Nothing to evaluate on: give --dataset_name, or --tasks.")
     conversations = load_rows(args)
     output_dir = Path(args.output_dir)
-    prepare_output(output_dir, args.overwrite)
+    check_output(output_dir, args.overwrite)
     evaluation = Evaluation(args, models, conversations)
     result = evaluation.run()
 
@@ -443,6 +446,8 @@ def main(arguments: list[str] | None = None) -> None:
         **score_all(entries, args.scored_pattern, args.match),
         "probes": summarise(result["probes"]),
     }
+    for file in report_files(output_dir):
+        file.unlink()
     (output_dir / "predictions").mkdir(exist_ok=True)
     for label, records in result["records"].items():
         with open(output_dir / "predictions" / f"{label}.jsonl", "w", encoding="utf-8") as file:

@@ -456,6 +456,10 @@ def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypa
     with pytest.raises(UserError, match="its batch_size was other than now"):
         eval_script.main([*flags, "--batch_size", "5", "--output_dir", str(folder)])
     before = sum(made)
+    # To overwrite is to give up what was begun otherwise, and no more than that.
+    with pytest.raises(KeyboardInterrupt):
+        eval_script.main([*flags, "--output_dir", str(folder), "--overwrite", "true"])
+    assert sum(made) == before
     monkeypatch.setattr(GenerationMixin, "generate", until(1000))
     eval_script.main([*flags, "--output_dir", str(folder)])
     assert before < 24 and sum(made) == 24, "each of 12 rows once for each model"

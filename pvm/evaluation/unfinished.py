@@ -18,12 +18,13 @@ class Unfinished:
     Args:
         folder (`Path`): made if it is not there.
         settings (`dict`): what must be the same for parts to belong together, as JSON has it.
+        overwrite (`bool`): forget parts of another evaluation.
 
     Raises:
-        UserError: if the folder holds parts of another evaluation.
+        UserError: if the folder holds parts of another evaluation, or another process is at work in it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False):
         self.folder, self.parts = folder, folder / "parts"
         settings = json.loads(json.dumps(settings))
         self.parts.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,10 @@ class Unfinished:
         file = folder / "settings.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
         different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-        if different:
+        if different and overwrite:
+            shutil.rmtree(self.parts)
+            self.parts.mkdir()
+        elif different:
             raise UserError(
                 f"{folder} holds an evaluation that was interrupted, and its {', '.join(different)} "
                 f"{'was' if len(different) == 1 else 'were'} other than now. Give the same line to go on with it, or "
