@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import eval as eval_script
 from pvm import study as study_module
+from pvm.arguments import parse_arguments
 from pvm.errors import UserError
+from pvm.methods import ModelArguments
+from pvm.sources import DataArguments
 from pvm.study import Run, Study, choose
+from pvm.trainer import PVMTrainingArguments
 
 
 def recipe(tmp_path: Path, base: Path, conversations: Path, **changes) -> Path:
@@ -107,3 +112,19 @@ def test_what_is_no_recipe_is_refused(base, conversations, tmp_path, changes, se
         Study.load(str(recipe(tmp_path, base, conversations, **changes)))
     with pytest.raises(UserError, match="--config .*nothing.yaml"):
         Study.load(str(tmp_path / "nothing.yaml"))
+
+
+@pytest.mark.parametrize("recipe", ["digits_study", "digits_variants"])
+def test_recipes_that_ship_are_understood_and_fair(recipe):
+    """Every training and the evaluation parse; the shared settings are shared; nobody has more tries than another."""
+    study = Study.load(str(study_module.ROOT / "recipes" / f"{recipe}.yaml"))
+    for name, method in study.methods.items():
+        run = Run(study, name, method["learning_rates"][0], study.seeds[0])
+        flags = [*study_module._flags(run.settings), "--output_dir", str(run.folder)]
+        model, _, training = parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "", flags)
+        assert model.method == method["method"] and training.learning_rate == method["learning_rates"][0]
+        assert training.per_device_train_batch_size == study.train["per_device_train_batch_size"]
+    assert len({len(method["learning_rates"]) for method in study.methods.values()}) == 1
+    flags = study_module._flags({**study.evaluate, "model": ["a"], "output_dir": "b"})
+    (evaluation,) = parse_arguments((eval_script.EvalArguments,), "", flags)
+    assert evaluation.dataset_split == "test" and evaluation.group_by == "task"

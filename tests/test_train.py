@@ -472,7 +472,12 @@ def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
 # Recipes that ship
 
 
-RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - {ROOT / "recipes" / "digits_eval.yaml"})
+# Of train.py; those of eval.py and pvm.study are other files' tests.
+RECIPES = [
+    path
+    for path in sorted((ROOT / "recipes").glob("*.yaml"))
+    if path.stem.split("_")[1] not in ("eval", "study", "variants")
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
