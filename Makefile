@@ -18,7 +18,7 @@ LMMS_INSTALLED := $(LMMS_VENV)/.installed
 demo study variants backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
 demo study variants backbone test: export HF_HUB_OFFLINE ?= 1
-# Freed memory is kept and not given back in every step: up to twice as fast.
+# Freed memory is kept, and not given back to the system and asked for again in every step.
 demo study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
 demo study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
