@@ -46,9 +46,9 @@ from pvm.arguments import parse_arguments
 from pvm.evaluation.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
 from pvm.checkpoints import (
     Checkpoint,
-    base_of,
     branch_layers,
     checkpoint_kind,
+    checkpoint_state,
     load_checkpoint,
     processor_of,
     processor_state,
@@ -71,7 +71,7 @@ from pvm.evaluation.questions import Prompts, answer_limit, check_references, re
 from pvm.evaluation.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
 from pvm.evaluation.scoring import Entry, make_records, score_all
 from pvm.sources import Conversations, load_conversations
-from pvm.evaluation.unfinished import Unfinished, files_of
+from pvm.evaluation.unfinished import Unfinished
 from pvm.variants import VARIANTS, WITH_MEMORY
 
 
@@ -329,8 +329,7 @@ class Evaluation:
         rows = hashlib.sha256(json.dumps([asdict(question) for question in self.questions]).encode())
         settings |= {"rows": [prompts.sha256, rows.hexdigest()]}
         for path in arguments.model:
-            base = base_of(path)
-            settings[f"files of {path}"] = [files_of(path), base and files_of(base)]
+            settings[f"state of {path}"] = checkpoint_state(path)
         self.unfinished = Unfinished(Path(arguments.output_dir) / UNFINISHED, settings, arguments.overwrite)
 
     def run(self) -> dict[str, Any]:

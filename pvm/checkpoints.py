@@ -4,10 +4,12 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -16,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
@@ -40,6 +43,7 @@ class Description:
     What a checkpoint is.
 
     path (`str`): folder or Hub name.
+    commit (`str` or `None`): of a Hub name, the one that was loaded.
     kind (`str`): "stock", "pvm", a variant of it ("mlp", "token_gate") or "adapter".
     model_class (`str`): the class that is evaluated.
     base (`str` or `None`): what an adapter was loaded onto.
@@ -49,6 +53,7 @@ class Description:
     """
 
     path: str
+    commit: str | None
     kind: str
     model_class: str
     base: str | None
@@ -112,14 +117,39 @@ def branch_layers(path: str) -> list[int]:
     return stored_config(path)["text_config"]["pvm_layers"]
 
 
-def base_of(path: str) -> str | None:
-    """The checkpoint that one goes into, if it holds only what was trained."""
-    if checkpoint_kind(path) == "adapter":
-        return PeftConfig.from_pretrained(path).base_model_name_or_path
-    return stored_config(path).get("base_model_name_or_path")
+def base_of(path: str, revision: str = "main") -> tuple[str, str] | None:
+    """Name and revision of the checkpoint that one goes into, if it holds only what was trained."""
+    if checkpoint_kind(path, revision) == "adapter":
+        config = PeftConfig.from_pretrained(path, revision=revision)
+        return config.base_model_name_or_path, config.revision or "main"
+    stored = stored_config(path, revision)
+    base = stored.get("base_model_name_or_path")
+    return base and (base, stored.get("base_model_revision") or "main")
 
 
-def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
+def checkpoint_state(path: str) -> list[Any]:
+    """
+    What tells states of a checkpoint, and of the base that it goes into, apart: of a folder the names, sizes and times
+    of its files, those of LoRA beside branches among them; of a Hub name the commit.
+    """
+    base = base_of(path)
+    return [_commit(path) or _files(path), base and (_commit(*base) or _files(base[0]))]
+
+
+def _commit(path: str, revision: str = "main") -> str | None:
+    if Path(path).is_dir():
+        return None
+    config = ADAPTER_CONFIG_NAME if checkpoint_kind(path, revision) == "adapter" else CONFIG_NAME
+    return extract_commit_hash(cached_file(path, config, revision=revision), None)
+
+
+def _files(path: str) -> list[list[Any]]:
+    folder = Path(path)
+    files = sorted(file for file in [*folder.iterdir(), *folder.glob("lora/*")] if file.is_file())
+    return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def load_checkpoint(path: str, dtype: str = "auto", revision: str = "main") -> Checkpoint:
     """
     Load a stock Qwen3-VL, a PVM checkpoint (this project's or the authors') or a PEFT adapter, on the GPU if there is
     one.
@@ -127,18 +157,19 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
     Args:
         path (`str`): folder or Hub name.
         dtype (`str`): "auto" is the checkpoint's.
+        revision (`str`): branch, tag or commit of a Hub name.
 
     Raises:
         UserError: if there is no such checkpoint, or it lacks weights, or would be evaluated as another model than it
             says.
         TypeError: if the class of the loaded model is not that of its kind.
     """
-    kind = checkpoint_kind(path)
+    kind = checkpoint_kind(path, revision)
     if kind == "adapter":
-        return _load_adapter(path, dtype)
+        return _load_adapter(path, dtype, revision)
 
     device_map = "auto" if torch.cuda.is_available() else None
-    model, info = load_weights(MODEL_CLASS[kind], path, dtype=dtype, device_map=device_map)
+    model, info = load_weights(MODEL_CLASS[kind], path, revision=revision, dtype=dtype, device_map=device_map)
     if info["missing_keys"]:
         raise UserError(
             f"{path} lacks {len(info['missing_keys'])} of its model's weights, e.g. {min(info['missing_keys'])}: they "
@@ -155,38 +186,38 @@ def load_checkpoint(path: str, dtype: str = "auto") -> Checkpoint:
     if kind == "stock" and pvm_blocks(model):
         raise TypeError(f"{path} is a stock checkpoint, but was loaded with PVM branches.")
 
-    processor = load_processor(path)
+    processor = load_processor(path, revision)
     _make_greedy(model, processor.tokenizer)
     if kind == "stock":
-        return Checkpoint(model.eval(), processor, _describe(model, path, kind))
+        return Checkpoint(model.eval(), processor, _describe(model, path, revision, kind))
     mark = model.config.text_config.pvm_training or {}
-    description = _describe(model, path, kind, mark.get("method"), mark.get("step"))
+    description = _describe(model, path, revision, kind, mark.get("method"), mark.get("step"))
     description.base = model.config.base_model_name_or_path
     if model.dtype == torch.float32:
         merge_lora(model)
     return Checkpoint(model.eval(), processor, description)
 
 
-def _load_adapter(path: str, dtype: str) -> Checkpoint:
-    config = PeftConfig.from_pretrained(path)
-    base_path = config.base_model_name_or_path
+def _load_adapter(path: str, dtype: str, revision: str) -> Checkpoint:
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    base_path, base_revision = base_of(path, revision)
     try:
-        base = load_checkpoint(base_path, dtype)
+        base = load_checkpoint(base_path, dtype, base_revision)  # the one that it was trained on
     except (UserError, OSError) as error:
         raise UserError(f"{path} is an adapter for {base_path}, which cannot be loaded: {error}") from error
     try:
         with warnings.catch_warnings():
             # peft only warns, and the model would answer as its base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base.model, path)
+            model = PeftModel.from_pretrained(base.model, path, revision=revision)
     except UserWarning as error:
         raise UserError(f"{path} lacks weights of its adapter. Get the complete checkpoint.") from error
-    description = _describe(model.base_model.model, path, "adapter", config.peft_type.value.lower())
+    description = _describe(model.base_model.model, path, revision, "adapter", config.peft_type.value.lower())
     description.base, description.parameters = base_path, model.num_parameters()
     if base.model.dtype == torch.float32:
         # Merged, it costs nothing at run time. In a smaller dtype merging would round the adapter's effect away.
         model = model.merge_and_unload()
-    return Checkpoint(model.eval(), processor_of(path), description)
+    return Checkpoint(model.eval(), processor_of(path, revision), description)
 
 
 def merge_lora(model: torch.nn.Module) -> None:
@@ -219,23 +250,25 @@ def load_processor(path: str, revision: str = "main") -> ProcessorMixin:
         logging.set_verbosity(verbosity)
 
 
-def processor_of(path: str) -> ProcessorMixin:
+def processor_of(path: str, revision: str = "main") -> ProcessorMixin:
     """The processor of a checkpoint of any kind; an adapter's is its base's, unless it has one beside it."""
-    has_processor = Path(path, "processor_config.json").is_file() or Path(path, "preprocessor_config.json").is_file()
     # train.py saves the processor beside the adapter, peft alone does not.
-    if checkpoint_kind(path) == "adapter" and not has_processor:
-        return processor_of(base_of(path))
-    return load_processor(path)
+    if checkpoint_kind(path, revision) == "adapter":
+        missing_is_none = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        if not any(cached_file(path, name, **missing_is_none) for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+            return processor_of(*base_of(path, revision))
+    return load_processor(path, revision)
 
 
 def _describe(
-    model: PreTrainedModel, path: str, kind: str, method: str | None = None, step: int | None = None
+    model: PreTrainedModel, path: str, revision: str, kind: str, method: str | None = None, step: int | None = None
 ) -> Description:
     trainer_state = Path(path, "trainer_state.json")
     if step is None and trainer_state.is_file():
         step = json.loads(trainer_state.read_text())["global_step"]
     return Description(
         path=path,
+        commit=_commit(path, revision),
         kind=kind,
         model_class=type(model).__name__,
         base=None,

@@ -142,22 +142,51 @@ def test_every_push_is_whole_and_loads_by_name(hub, base, conversations, tmp_pat
     assert earlier == answer_here(tmp_path / "run" / "checkpoint-2", base) != answer
 
 
-def test_the_base_is_the_one_that_was_trained_on(hub, base, conversations, tmp_path):
-    """Whatever becomes of the base's repository; and who asks for its newest state is warned."""
-    finish(train(hub, conversations, tmp_path, *PVM, "--hub_strategy", "end"))
-    before = load_by_name(hub, tmp_path / "before")
+def push_another_base(hub: HubServer, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "newer")
     weights = load_file(tmp_path / "newer" / "model.safetensors")
     weights["lm_head.weight"] += 1
     save_file(weights, tmp_path / "newer" / "model.safetensors", metadata={"format": "pt"})
     push = "from huggingface_hub import upload_folder; import sys; upload_folder(repo_id=sys.argv[1], folder_path='.')"
     finish(client(hub, tmp_path / "home", "-c", push, BASE, cwd=tmp_path / "newer"))
+
+
+def test_the_base_is_the_one_that_was_trained_on(hub, base, conversations, tmp_path):
+    """Whatever becomes of the base's repository; and who asks for its newest state is warned."""
+    finish(train(hub, conversations, tmp_path, *PVM, "--hub_strategy", "end"))
+    before = load_by_name(hub, tmp_path / "before")
+    push_another_base(hub, base, tmp_path)
     assert len(hub.commits(BASE)) == 3
     assert load_by_name(hub, tmp_path / "after")[-3:] == before[-3:]
 
     *output, _, _, answer = load_by_name(hub, tmp_path / "newest", base_model_revision="main")
     assert f"was trained on revision {hub.commits(BASE)[1].sha} of {BASE}" in "\n".join(output)
     assert answer != before[-1]
+
+
+@pytest.mark.parametrize("method", ["pvm", "lora"])
+def test_evaluations_take_the_base_that_was_trained_on_and_know_commits_apart(
+    hub, base, conversations, tmp_path, method
+):
+    flags = PVM if method == "pvm" else ("--method", "lora")
+    finish(train(hub, conversations, tmp_path, *flags, "--hub_strategy", "end"))
+    script = f"""
+import json
+from pvm.checkpoints import checkpoint_state, load_checkpoint
+import torch
+from PIL import Image
+{QUESTION}
+checkpoint = load_checkpoint({REPO!r})
+print(json.dumps([checkpoint_state({REPO!r}), answer(checkpoint.model, checkpoint.processor)]))
+"""
+    before, after = [], []
+    for found in (before, after):
+        output = finish(client(hub, tmp_path / f"home {len(before)}", "-c", script))
+        found += json.loads(output.splitlines()[-1])
+        if found is before:
+            push_another_base(hub, base, tmp_path)
+    assert before == after
+    assert before[0] == [hub.commits(REPO)[0].sha, hub.commits(BASE)[1].sha]
 
 
 def test_a_whole_checkpoint_pushed_by_hand(hub, base, conversations, tmp_path):

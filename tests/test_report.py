@@ -51,6 +51,7 @@ def report() -> dict:
             "knock_out": entry.name.partition(" - ")[2].replace(" ", "_") or "nothing", "path": "runs/x",
             "kind": "pvm" if "PVM" in entry.name else "stock", "model_class": "C", "parameters": 1, "base": None,
             "gates": {}, "gates_on": None, "method": None, "answers_cut": 0, "seconds": 1.0, "dtype": "float32",
+            "commit": None,
         }
         for entry in entries
         for run in range(len(entry.records))

@@ -26,11 +26,11 @@ import numpy as np
 from rich.console import Console
 from scipy import stats
 
+from ..checkpoints import checkpoint_state
 from ..errors import REFUSALS, UserError
 from ..methods import public_name
-from .report import checkpoint_lines
+from .report import at_commit, checkpoint_lines
 from .tables import Table
-from .unfinished import files_of
 
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -64,7 +64,7 @@ PROMPTS = "qwen3_vl"  # some tasks word their prompts by model: all models get t
 TOP_P, TOP_K = 0.8, 20  # what Qwen3-VL's instruct checkpoints name as theirs
 RESAMPLES = 1000
 # What is said where two runs differ in more than a word.
-STATES = {"model_files": "another state of this checkpoint", "task_files": "other files in --task_path"}
+STATES = {"model_state": "another state of this checkpoint", "task_files": "other files in --task_path"}
 TOLERANCE = 1e-9
 # What lmms-eval's command line takes out of answers before they are scored.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
@@ -329,6 +329,7 @@ def run_all(
 
     common = {**asdict(settings), "versions": versions(), "task_files": task_fingerprint(flags.task_path)}
     seeds = range(flags.seed, flags.seed + flags.runs)
+    states = {name: checkpoint_state(path) for name, path in models.items()}
     files, keys = {}, {}
     for name, path in models.items():
         for task in tasks:
@@ -336,7 +337,7 @@ def run_all(
                 files[name, task, seed] = output_dir / "lmms_runs" / name / task / f"seed_{seed}.json"
                 keys[name, task, seed] = {
                     "model": path,
-                    "model_files": files_of(path),
+                    "model_state": states[name],
                     "task": task,
                     "seed": seed,
                     **common,
@@ -589,7 +590,10 @@ def markdown_report(report: dict[str, Any]) -> str:
         ]
     parts += [
         "## Checkpoints",
-        "\n".join(f"- {line}; {model['dtype']}" for line, model in zip(checkpoint_lines(report), report["models"])),
+        "\n".join(
+            f"- {line}; `{model['path']}`{at_commit(model)}, {model['dtype']}"
+            for line, model in zip(checkpoint_lines(report), report["models"])
+        ),
         "## How it was measured",
         f"Passed to every task: `{report['generation']}`; what is not there is the task's own. Batch size "
         f"{settings['batch_size']}. The prompts are those for lmms-eval's `{PROMPTS}`.",

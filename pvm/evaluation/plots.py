@@ -1,5 +1,6 @@
 """The pictures of an evaluation, in one style."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ..sources import Conversations
 # Okabe and Ito's palette, which colour-blind readers can tell apart too; markers differ as well.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LABEL_GAP = 0.065  # least distance of two labels, as a share of the height
+LABEL_GAP = 0.065  # least distance of two lines of labels, as a share of the height
+LABEL_WIDTH = 16  # characters, beyond which a name goes on in another line: panels keep their width
 
 
 def bin_label(result: dict[str, Any]) -> str:
@@ -89,10 +91,10 @@ def _lengths(report: dict[str, Any], models: list[str], colours: dict[str, str])
         for k, name in enumerate(models):
             bins = report["groups"][group][name]["by_length"]["bins"]
             x = [place + (k - (len(models) - 1) / 2) * 0.12 for place in range(len(bins))]
-            _points(ax, x, bins, colours[name], MARKERS[k % len(MARKERS)], name)
+            _points(ax, x, bins, colours[name], MARKERS[k % len(MARKERS)], _label(name))
         ax.set_xticks(range(len(bins)), [f"{bin_label(span)}\n(n = {span['n']})" for span in bins])
         ax.set_title(_title("Correct answers by length", group))
-        ax.set_xlabel(f"tokens of {models[0]}'s answer, in quartiles\n(bars: 95% intervals)")
+        ax.set_xlabel(f"tokens of the answer of\n{models[0]}, in quartiles\n(bars: 95% intervals)")
         ax.set_ylabel("correct answers")
         ax.set_ylim(-0.02, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -107,7 +109,7 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
     if not entries:
         return None
     groups = list(report["groups"])
-    figure = Figure(figsize=(9, (1.2 + 0.34 * len(entries)) * len(groups)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, (1.4 + 0.34 * len(entries)) * len(groups)), dpi=100, layout="constrained")
     for ax, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups):
         found = {entry["of"]: entry for entry in report["comparisons"][group] if entry["of"] in entries}
         for place, (name, intact) in enumerate(reversed(entries.items())):
@@ -121,7 +123,7 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
         ax.set_yticks(range(len(entries)), list(reversed(entries)))
         ax.set_ylim(-0.5, len(entries) - 0.5)
         ax.set_title(_title("Lost or won by a knock-out", group))
-        ax.set_xlabel("percentage points of correct answers (open: of pieces), against the intact model; bars: 95%")
+        ax.set_xlabel("percentage points of correct answers (open: of pieces),\nagainst the intact model; bars: 95%")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -201,7 +203,7 @@ def _branches(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
         layers = [int(layer) for layer in summary["injected"]]
         shares = [summary["injected"][str(n)]["mean"] / summary["residual"][n]["mean"] for n in layers]
         x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
-        ax.bar(x, shares, width=0.9 * width, color=colours[name], label=f"{name}: branch")
+        ax.bar(x, shares, width=0.9 * width, color=colours[name], label=_label(f"{name}: branch"))
         ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
         ax.plot(x, ffn, color="#777777", linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -242,13 +244,17 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
 
 
 def _panels(number: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(4.6 * number, 6.5), height), dpi=100, layout="constrained")
+    figure = Figure(figsize=(max(4.6 * number, 7.5), height), dpi=100, layout="constrained")
     return figure, list(figure.subplots(1, number, squeeze=False)[0])
 
 
 def _legend(ax: Axes) -> None:
     """Beside the panel, where it hides nothing."""
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _label(name: str) -> str:
+    return textwrap.fill(name, LABEL_WIDTH)
 
 
 def _plain(ax: Axes) -> None:
@@ -260,7 +266,9 @@ def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], colour: st
     """Means as a line with their intervals."""
     low, high = zip(*(point["interval"] for point in points))
     ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    ax.plot(x, [point["mean"] for point in points], color=colour, marker="o", markersize=4, linewidth=2, label=name)
+    ax.plot(
+        x, [point["mean"] for point in points], color=colour, marker="o", markersize=4, linewidth=2, label=_label(name)
+    )
 
 
 def _points(ax: Axes, x: list[float], bins: list[dict[str, Any]], colour: str, marker: str, name: str) -> None:
@@ -326,10 +334,11 @@ def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(axis="y", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    heights = _spread(ends)
-    for k, name in enumerate(results):
+    labels = [_label(name) for name in results]
+    heights = _spread(ends, LABEL_GAP * max(label.count("\n") + 1 for label in labels))
+    for k, label in enumerate(labels):
         ax.annotate(
-            name,
+            label,
             xy=(x[-1], heights[k]),
             xytext=(10, 0),
             textcoords="offset points",
@@ -342,16 +351,16 @@ def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict
     return bins
 
 
-def _spread(heights: list[float]) -> list[float]:
-    """The heights moved apart as far as labels at them need, all within [0, 1] where that is possible."""
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """The heights moved apart by at least a gap, all within [0, 1] where that is possible."""
     order = sorted(range(len(heights)), key=lambda k: heights[k])
     placed: dict[int, float] = {}
     floor = 0.0
     for k in order:
         placed[k] = max(heights[k], floor)
-        floor = placed[k] + LABEL_GAP
+        floor = placed[k] + gap
     ceiling = 1.0
     for k in reversed(order):
         placed[k] = min(placed[k], ceiling)
-        ceiling = placed[k] - LABEL_GAP
+        ceiling = placed[k] - gap
     return [placed[k] for k in range(len(heights))]

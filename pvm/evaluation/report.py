@@ -189,7 +189,10 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
     parts += [
         "## How it was measured",
         _bullets(
-            [f"{m['label']}: `{m['path']}`, {m['dtype']}, answered in {m['seconds']:.0f} s" for m in report["models"]]
+            [
+                f"{m['label']}: `{m['path']}`{at_commit(m)}, {m['dtype']}, answered in {m['seconds']:.0f} s"
+                for m in report["models"]
+            ]
         ),
         "Versions: " + ", ".join(f"{package} {number}" for package, number in report["versions"].items()) + ".",
         "Arguments: "
@@ -201,6 +204,11 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
         + ".",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def at_commit(model: dict[str, Any]) -> str:
+    """Which commit of a Hub name was loaded, as a part of a sentence."""
+    return f" at {model['commit']}" if model["commit"] else ""
 
 
 def _runs(report: dict[str, Any]) -> str:

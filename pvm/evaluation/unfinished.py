@@ -73,15 +73,3 @@ class Unfinished:
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, file)
-
-
-def files_of(checkpoint: str) -> list[list[Any]] | None:
-    """
-    Names, sizes and times of a local checkpoint's files, those of LoRA beside branches among them: another training in
-    the same folder has others. `None` for a Hub name.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return None
-    files = sorted(file for file in [*folder.iterdir(), *folder.glob("lora/*")] if file.is_file())
-    return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
