@@ -42,8 +42,8 @@ from transformers import ProcessorMixin
 
 from pvm.evaluation.answering import answer
 from pvm.evaluation.answers import MATCHES
-from pvm.arguments import parse_arguments
-from pvm.evaluation.benchmarks import BenchmarkArguments, refuse_flags, run_benchmarks
+from pvm.arguments import parse_arguments, refuse_flags
+from pvm.evaluation.benchmarks import BenchmarkArguments, run_benchmarks
 from pvm.checkpoints import (
     Checkpoint,
     branch_layers,

@@ -6,6 +6,7 @@ import math
 import sys
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .errors import REFUSALS
+from .errors import REFUSALS, UserError
 
 
 def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:
@@ -62,6 +63,17 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_did_you_mean(parser, unknown[0])}")
     return tuple(parsed)
+
+
+def refuse_flags(arguments: Any, used: Sequence[str], reason: str) -> None:
+    """
+    Raises:
+        UserError: naming the first field of a dataclass of flags that is not its default and not in `used`.
+    """
+    defaults = type(arguments)(**{name: value for name, value in vars(arguments).items() if name in used})
+    for flag in fields(arguments):
+        if vars(arguments)[flag.name] != vars(defaults)[flag.name]:
+            raise UserError(f"--{flag.name} {reason}. Leave it out.")
 
 
 def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:

@@ -18,7 +18,8 @@ import eval as eval_script
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import load_checkpoint
 from pvm.errors import UserError
-from pvm.evaluation.benchmarks import PAPER, compare, t_interval, task_names
+from pvm.evaluation.benchmark_report import compare, t_interval
+from pvm.evaluation.benchmarks import PAPER, task_names
 from pvm.methods import LORA_TARGETS, pvm_blocks
 
 

@@ -5,32 +5,26 @@ lmms-eval brings the tasks: data, prompts, and how an answer is scored. The mode
 model's answers to one task with one seed; a finished one is kept in the output folder and is not run again.
 """
 
-import contextlib
 import difflib
 import hashlib
 import importlib.util
-import inspect
-import io
 import json
 import os
 import platform
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
-from scipy import stats
 
 from ..checkpoints import checkpoint_state
 from ..errors import REFUSALS, UserError
 from ..methods import public_name
-from .report import at_commit, checkpoint_lines
-from .tables import Table
+from .benchmark_report import compare, markdown_report, results_table, runs_table
+from .report import checkpoint_lines
 
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -62,10 +56,8 @@ JUDGED = ("mmbench_cn_dev_lite", "mmbench_en_dev_lite", "mathverse_testmini_visi
 
 PROMPTS = "qwen3_vl"  # some tasks word their prompts by model: all models get those of the stock one
 TOP_P, TOP_K = 0.8, 20  # what Qwen3-VL's instruct checkpoints name as theirs
-RESAMPLES = 1000
 # What is said where two runs differ in more than a word.
 STATES = {"model_state": "another state of this checkpoint", "task_files": "other files in --task_path"}
-TOLERANCE = 1e-9
 # What lmms-eval's command line takes out of answers before they are scored.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
@@ -110,17 +102,6 @@ class Settings:
         else:
             values["do_sample"] = False
         return ",".join(f"{key}={value}" for key, value in values.items() if value is not None)
-
-
-def refuse_flags(arguments: Any, used: Sequence[str], reason: str) -> None:
-    """
-    Raises:
-        UserError: naming the first field of a dataclass of flags that is not its default and not in `used`.
-    """
-    defaults = type(arguments)(**{name: value for name, value in vars(arguments).items() if name in used})
-    for flag in fields(arguments):
-        if vars(arguments)[flag.name] != vars(defaults)[flag.name]:
-            raise UserError(f"--{flag.name} {reason}. Leave it out.")
 
 
 def task_names(flags: BenchmarkArguments) -> list[str]:
@@ -366,123 +347,6 @@ def run_all(
     return runs
 
 
-def statistic(task: "Task", metric: str, runs: Sequence[dict[str, Any]]) -> Callable[[list[Any]], float] | None:
-    """
-    What makes a number of a metric's values for each question: the task's own aggregation, or the mean where that is
-    one that writes files. `None` if neither gives the number of each of the `runs`.
-    """
-    name = metric.partition(",")[0]
-    aggregation = task.aggregation()[name]
-
-    def aggregate(values: list[Any]) -> float:
-        with contextlib.redirect_stdout(io.StringIO()):  # MMMU's prints a table at each call
-            return float(aggregation(values))
-
-    function = aggregate
-    if "args" in inspect.signature(aggregation).parameters:  # so lmms-eval tells them apart, too
-        function = mean
-    for run in runs:
-        try:
-            again = function(question_values(run, metric)[1])
-        except (ArithmeticError, LookupError, *REFUSALS):
-            return None
-        if abs(again - run["metrics"][metric]) > TOLERANCE * max(1, abs(again)):
-            return None
-    return function
-
-
-def mean(values: list[float]) -> float:
-    """
-    Raises:
-        TypeError: if they are no numbers.
-    """
-    return sum(values) / len(values)
-
-
-def question_values(run: dict[str, Any], metric: str) -> tuple[list[int], list[Any]]:
-    """The questions that a metric counts, and its value for each."""
-    name = metric.partition(",")[0]
-    counted = [question for question in run["questions"] if name in question]
-    return [question["doc_id"] for question in counted], [question[name] for question in counted]
-
-
-def resample(values: dict[str, list[list[Any]]], function: Callable[[list[Any]], float]) -> dict[str, np.ndarray]:
-    """
-    The metric of every run over questions that are drawn again, the same ones for all models and runs.
-
-    Args:
-        values: by model, for each run the values of each question.
-
-    Returns:
-        By model `[runs, resamples]`.
-    """
-    count = len(next(iter(values.values()))[0])
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(count, size=count).tolist() for _ in range(RESAMPLES)]
-    return {
-        name: np.array([[function([run[k] for k in rows]) for rows in drawn] for run in runs])
-        for name, runs in values.items()
-    }
-
-
-def quantiles(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
-
-
-def compare(task: "Task", metric: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """
-    A metric of all models.
-
-    Returns:
-        `dict`: `n` questions; by model under `models`: `runs` (one number each), their `mean`, `range`, `t_interval`
-        (`None` of one run), and over questions `run_intervals` and `interval` of the mean; `differences` of the means
-        to the first model with their `interval`. Intervals over questions are `None` where the task's number cannot
-        be made again from its questions.
-
-    Raises:
-        UserError: if the runs are not about the same questions.
-    """
-    first = next(iter(runs))
-    read = {name: [question_values(run, metric) for run in model_runs] for name, model_runs in runs.items()}
-    questions = read[first][0][0]
-    for name, model_runs in read.items():
-        if any(asked != questions for asked, _ in model_runs):
-            raise UserError(f"{task.config.task}: {name} and {first} did not answer the same questions.")
-    several_filters = len(set(questions)) < len(questions)
-    function = None
-    if not several_filters:
-        function = statistic(task, metric, [run for model_runs in runs.values() for run in model_runs])
-    samples = None
-    if function is not None:
-        samples = resample({name: [values for _, values in model_runs] for name, model_runs in read.items()}, function)
-
-    models, differences = {}, {}
-    for name, model_runs in runs.items():
-        numbers = [run["metrics"][metric] for run in model_runs]
-        models[name] = {
-            "runs": numbers,
-            "mean": float(np.mean(numbers)),
-            "range": [min(numbers), max(numbers)],
-            "t_interval": t_interval(numbers),
-            "run_intervals": None if samples is None else [quantiles(row) for row in samples[name]],
-            "interval": None if samples is None else quantiles(samples[name].mean(0)),
-        }
-        if name != first:
-            differences[name] = {
-                "difference": models[name]["mean"] - models[first]["mean"],
-                "interval": None if samples is None else quantiles(samples[name].mean(0) - samples[first].mean(0)),
-            }
-    return {"n": len(set(questions)), "models": models, "differences": differences}
-
-
-def t_interval(numbers: Sequence[float]) -> list[float] | None:
-    """Student's 95 % interval of the mean of runs; `None` for one run."""
-    if len(numbers) < 2:
-        return None
-    half = stats.t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / np.sqrt(len(numbers))
-    return [float(np.mean(numbers) - half), float(np.mean(numbers) + half)]
-
-
 def make_report(
     runs: dict[str, dict[str, list[dict[str, Any]]]],
     tasks: dict[str, "Task"],
@@ -507,99 +371,11 @@ def make_report(
             {**description, "name": name, "label": name, "knock_out": "nothing"}
             for name, description in models.items()
         ],
+        "prompts": PROMPTS,
         "paper": {paper: task for paper, task in PAPER.items() if task in results},
+        "stand_ins": [text for task, text in STAND_INS.items() if task in results],
         "tasks": results,
     }
-
-
-def number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def span(interval: Sequence[float] | None, sign: str = "") -> str:
-    return "" if interval is None else f" [{interval[0]:{sign}.3g}, {interval[1]:{sign}.3g}]"
-
-
-def metrics_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a row of the tables is called, and its numbers."""
-    for task, result in report["tasks"].items():
-        for metric, numbers in result["metrics"].items():
-            yield f"{task}: {metric.partition(',')[0]}", numbers
-
-
-def results_table(report: dict[str, Any]) -> Table:
-    first, *others = [model["name"] for model in report["models"]]
-    rows = []
-    for label, result in metrics_of(report):
-        cells = [f"{number(model['mean'])}{span(model['interval'])}" for model in result["models"].values()]
-        gains = [f"{gain['difference']:+.4g}{span(gain['interval'], '+')}" for gain in result["differences"].values()]
-        rows.append([label, str(result["n"]), *cells, *gains])
-    header = ["task: metric", "n", first, *others, *(f"{name} − {first}" for name in others)]  # noqa: RUF001
-    return Table("Benchmarks [95 % over questions]", header, rows)
-
-
-def runs_table(report: dict[str, Any]) -> Table | None:
-    """`None` if there is one run only."""
-    if len(report["seeds"]) < 2:
-        return None
-    rows = [
-        [
-            label,
-            name,
-            number(model["mean"]),
-            span(model["t_interval"]).strip(),
-            *(f"{number(value)}" for value in model["runs"]),
-        ]
-        for label, result in metrics_of(report)
-        for name, model in result["models"].items()
-    ]
-    header = ["task: metric", "model", "mean", "95 % over runs", *(f"seed {seed}" for seed in report["seeds"])]
-    return Table("Runs", header, rows)
-
-
-def markdown_report(report: dict[str, Any]) -> str:
-    """lmms.md."""
-    settings, seeds = report["settings"], report["seeds"]
-    sampled = settings["temperature"] > 0
-    how = "the most likely next token" if not sampled else f"sampling at temperature {settings['temperature']}"
-    table, runs = results_table(report), runs_table(report)
-    parts = [
-        f"# {', '.join(model['name'] for model in report['models'])} on {', '.join(report['tasks'])}",
-        f"Made with lmms-eval {report['versions']['lmms-eval']}, with {how}, {len(seeds)} "
-        f"run{'s' if len(seeds) > 1 else ''} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}).",
-        "## How to read this",
-        "Each number is the task's own metric, as lmms-eval computes it, on its own scale (some are 0 to 1, some 0 to "
-        "100)" + (", averaged over the runs" if len(seeds) > 1 else "") + ". n counts questions. In brackets is the "
-        f"range of 95 % of the numbers when the questions are drawn again ({RESAMPLES:,} times, the same for all "
-        "models and runs): what other questions of the kind would change. A difference whose range holds 0 is none "
-        "that these questions show. Where there are no brackets, the number cannot be made again from its questions.",
-    ]
-    if settings["max_samples"] is not None:
-        first = settings["max_samples"]
-        parts.append(f"Only the first {first} questions of each task were asked, so these are no benchmark results.")
-    stand_ins = [text for task, text in STAND_INS.items() if task in report["tasks"]]
-    if stand_ins:
-        parts.append(f"Not the paper's: {'; '.join(stand_ins)}.")
-    parts += ["## Results", table.markdown()]
-    if runs is not None:
-        parts += [
-            "## Runs",
-            "The same questions with other seeds. The interval is Student's, of the mean over the runs: what other "
-            "seeds would change. It says nothing about other questions, nor about other trainings.",
-            runs.markdown(),
-        ]
-    parts += [
-        "## Checkpoints",
-        "\n".join(
-            f"- {line}; `{model['path']}`{at_commit(model)}, {model['dtype']}"
-            for line, model in zip(checkpoint_lines(report), report["models"])
-        ),
-        "## How it was measured",
-        f"Passed to every task: `{report['generation']}`; what is not there is the task's own. Batch size "
-        f"{settings['batch_size']}. The prompts are those for lmms-eval's `{PROMPTS}`.",
-        "Versions: " + ", ".join(f"{package} {release}" for package, release in report["versions"].items()) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def run_benchmarks(
