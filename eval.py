@@ -67,7 +67,7 @@ from pvm.methods import public_name
 from pvm.evaluation.page import html_page
 from pvm.evaluation.plots import draw_all
 from pvm.evaluation.probes import choose_rows, probe, summarise
-from pvm.evaluation.questions import Prompts, answer_limit, check_references, read_questions
+from pvm.evaluation.questions import Prompts, answer_limit, check_references, piece_depths, read_questions
 from pvm.evaluation.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
 from pvm.evaluation.scoring import Entry, make_records, score_all
 from pvm.sources import Conversations, load_conversations
@@ -133,10 +133,11 @@ class EvalArguments:
             "choices": tuple(MATCHES),
         },
     )
-    scored_pattern: str = field(
-        default=r"\S+",
+    scored_pattern: str | None = field(
+        default=None,
         metadata={
-            "help": "Regular expression for the pieces of an answer that are scored by depth; every word by default."
+            "help": "Regular expression for the pieces of an answer that are scored by depth, each being right if it "
+            "is the reference's text. By default every word with `--match exact`, otherwise none."
         },
     )
     probe_rows: int = field(
@@ -168,6 +169,11 @@ class EvalArguments:
         metadata={"help": "Replace what is in output_dir already: a report, or what was begun with other arguments."},
     )
 
+    def __post_init__(self):
+        # A word that is not the reference's may be right, where an option or a number is what counts.
+        if self.scored_pattern is None and self.match == "exact":
+            self.scored_pattern = r"\S+"
+
 
 @dataclass
 class Model:
@@ -193,7 +199,9 @@ def name_models(arguments: EvalArguments) -> list[Model]:
     Raises:
         UserError: if the names are not as many as the models, or no file names; if two models have the same path.
     """
-    names = arguments.names or [Path(path).name for path in arguments.model]
+    names = arguments.names or [
+        Path(path).resolve().name if Path(path).is_dir() else path.rpartition("/")[2] for path in arguments.model
+    ]
     if len(names) != len(arguments.model):
         raise UserError(f"--names has {len(names)} names for {len(arguments.model)} models. Give each model one.")
     if arguments.names is None and len(set(names)) != len(names):
@@ -202,10 +210,11 @@ def name_models(arguments: EvalArguments) -> list[Model]:
         raise UserError("--model names a checkpoint twice. Name each once.")
     models = []
     for name, path in zip(names, arguments.model):
-        if not re.fullmatch(r"[\w.+ -]+", name, re.ASCII) or " - " in name:
+        if not re.fullmatch(r"[\w.+ -]{1,80}", name, re.ASCII) or " - " in name:
             raise UserError(
-                f"--names {name!r}: use plain letters, digits, spaces and . _ + - only, and no dash between spaces: "
-                "it becomes a file name, and knock-outs' names have such a dash."
+                f"{name!r} cannot be what the report calls {path}. Choose with --names up to 80 plain letters, "
+                "digits, spaces and . _ + -, and no dash between spaces: it becomes a file name, and knock-outs' have "
+                "such a dash."
             )
         run = sum(model.name == name for model in models)
         models.append(Model(name, run, name if names.count(name) == 1 else f"{name} run {run + 1}", path))
@@ -272,18 +281,27 @@ def check(arguments: EvalArguments) -> list[Model]:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: give a number from {least}.")
-    try:
-        re.compile(arguments.scored_pattern)
-    except re.error as error:
-        raise UserError(f"--scored_pattern {arguments.scored_pattern}: no regular expression: {error}.") from error
-    if re.match(arguments.scored_pattern, ""):
-        raise UserError(f"--scored_pattern {arguments.scored_pattern!r} matches nothing at all, too, at any place.")
+    if arguments.scored_pattern is not None:
+        try:
+            re.compile(arguments.scored_pattern)
+        except re.error as error:
+            raise UserError(f"--scored_pattern {arguments.scored_pattern}: no regular expression: {error}.") from error
+        if re.match(arguments.scored_pattern, ""):
+            raise UserError(
+                f"--scored_pattern {arguments.scored_pattern!r} matches nothing at all, too, at any place."
+            )
     kinds = {checkpoint_kind(path) for path in arguments.model}
     for kind in arguments.knock_outs:
         takers = WITH_MEMORY if kind in NEEDS_MEMORY else ("pvm", *VARIANTS)
         if kind in NEEDS_BRANCHES and not kinds & set(takers):
             raise UserError(f"--knock_outs {kind}: none of the models has PVM branches to take it from.")
     return models
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    packages = ("torch", "transformers", "peft", "datasets", "evaluate")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 class Evaluation:
@@ -327,7 +345,7 @@ class Evaluation:
 
         settings = {key: value for key, value in asdict(arguments).items() if key not in ("overwrite", "output_dir")}
         rows = hashlib.sha256(json.dumps([asdict(question) for question in self.questions]).encode())
-        settings |= {"rows": [prompts.sha256, rows.hexdigest()]}
+        settings |= {"rows": [prompts.sha256, rows.hexdigest()], "versions": versions()}
         for path in arguments.model:
             settings[f"state of {path}"] = checkpoint_state(path)
         self.unfinished = Unfinished(Path(arguments.output_dir) / UNFINISHED, settings, arguments.overwrite)
@@ -382,6 +400,7 @@ class Evaluation:
             for question in self.questions
         ]
         start, journal = time.perf_counter(), self.unfinished.journal(label)
+        goes_on = journal.exists()
         answers = answer(checkpoint, made, limits, arguments.batch_size or 32, label, knock_out, others, journal)
         description = checkpoint.description
         return {
@@ -395,7 +414,7 @@ class Evaluation:
                 "intact": None if knock_out.kind == "nothing" else model.name,
                 "gates_on": description.gates_on,
                 "answers_cut": sum(answer.cut for answer in answers),
-                "seconds": round(time.perf_counter() - start, 1),
+                "seconds": None if goes_on else round(time.perf_counter() - start, 1),
             },
             "records": make_records(self.questions, answers, arguments.match),
         }
@@ -405,8 +424,10 @@ class Evaluation:
         results = []
         for index in tqdm(self.probed, desc=f"{label} - probes", unit="row"):
             question = self.questions[index]
-            seen = probe(checkpoint, prompts, index, texts[index], question.depths)
-            results.append({"index": index, "row": question.row, **seen})
+            depths = piece_depths(texts[index], self.arguments.scored_pattern, checkpoint.processor.tokenizer)
+            seen = probe(checkpoint, prompts, index, texts[index], depths)
+            about = {"row": question.row, "group": question.group, "question": question.question}
+            results.append({"index": index, **about, **seen})
         return results
 
 
@@ -437,10 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
         "arguments": asdict(args),
         "dataset": public_name(args.dataset_name),
         "rows": len(conversations),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "peft", "datasets", "evaluate")},
-        },
+        "versions": versions(),
         "models": result["models"],
         **score_all(entries, args.scored_pattern, args.match),
         "probes": summarise(result["probes"]),
@@ -463,12 +481,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     console = Console(soft_wrap=True)
     for line in [*checkpoint_lines(report), *remarks(report)]:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     for table in rich_tables(report):
         console.print(table)
     for line in findings(report):
-        console.print(f"- {line}", highlight=False)
-    console.print(f"\nWritten: {output_dir}/report.html (all in one page), report.md, report.json, predictions/")
+        console.print(f"- {line}", highlight=False, markup=False)
+    print(f"\nWritten: {output_dir}/report.html (all in one page), report.md, report.json, predictions/")
 
 
 if __name__ == "__main__":

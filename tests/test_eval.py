@@ -32,7 +32,7 @@ from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.evaluation import questions as questions_module
-from pvm.evaluation.answering import answer, make_batches
+from pvm.evaluation.answering import answer, make_batches, read_journal
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
 from pvm.evaluation.unfinished import Unfinished
@@ -317,7 +317,7 @@ def test_the_page_needs_nothing_beside_it(output_dir):
 def test_report_follows_from_the_predictions(output_dir):
     report = json.loads((output_dir / "report.json").read_text())
     records = {name: read_records(output_dir, name) for name in ("base", "PVM")}
-    assert {key: report[key] for key in ("overall", "groups", "comparisons")} == json.loads(
+    assert {key: report[key] for key in ("overall", "groups", "lengths_of", "comparisons")} == json.loads(
         json.dumps(score_all([Entry(name, [lines]) for name, lines in records.items()], r"\d"))
     )
     for name, lines in records.items():
@@ -464,6 +464,8 @@ def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypa
     eval_script.main([*flags, "--output_dir", str(folder)])
     assert before < 24 and sum(made) == 24, "each of 12 rows once for each model"
     whole, again = (json.loads((path / "report.json").read_text()) for path in (output_dir, folder))
+    assert [model["seconds"] is None for model in again["models"]] == [False, True]
+    assert "answered in several goes" in (folder / "report.md").read_text()
     for key in ("overall", "groups", "comparisons", "probes"):
         assert whole[key] == again[key]
     assert not (folder / "unfinished").exists()
@@ -497,6 +499,59 @@ def test_changed_data_is_not_mixed_with_earlier_answers(base, data, tmp_path, mo
     rows.select(range(len(rows) - 1, -1, -1)).to_parquet(folder / "test.parquet")
     with pytest.raises(UserError, match="its rows was other than now"):
         eval_script.main(flags)
+
+
+def test_a_line_that_was_being_written_is_written_anew(tmp_path):
+    journal = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"row": row, "prediction": "\u2028", "length": 1, "cut": False}) + "\n" for row in range(4)]
+    journal.write_text("".join(lines[:2]) + lines[2][:-1])
+    assert list(read_journal(journal)) == [0, 1]
+    with open(journal, "a") as file:
+        file.write(lines[3])
+    assert list(read_journal(journal)) == [0, 1, 3]
+    journal.write_bytes(lines[0].encode() + b"\xff\n")
+    assert list(read_journal(journal)) == [0] and read_journal(tmp_path / "none") == {}
+
+
+def test_damaged_parts_are_named(tmp_path):
+    first = Unfinished(tmp_path, {"a": 1})
+    first.save("base", {"records": []})
+    first._lock.release()
+    (tmp_path / "parts" / "base.json").write_text('{"rec')
+    again = Unfinished(tmp_path, {"a": 1})
+    with pytest.raises(UserError, match=r"base\.json is damaged"):
+        again.load("base")
+    again._lock.release()
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):
+        Unfinished(tmp_path, {"a": 1})._lock.release()
+
+
+def test_groups_and_texts_that_look_like_markup(base, tmp_path, capsys):
+    """To rich `[/x]` ends a style, and to matplotlib what stands between dollars is a formula."""
+    group = "[/INST] $x_{$ b"
+    for k in range(2):
+        Image.new("RGB", (32, 32), (99 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    turns = [{"role": "user", "content": f"{FILLER} $x_{{$?"}, {"role": "assistant", "content": "1. $x_{$ [/b] 2"}]
+    rows = [{"images": [f"{k}.png"], "messages": turns, "task": group} for k in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = copy_of(base, tmp_path / "1. [b]")
+    eval_script.main(
+        ["--model", str(base), str(other), "--names", "1. base", "other",
+         "--dataset_name", str(tmp_path / "rows.jsonl"), "--dataset_split", "train", "--group_by", "task",
+         "--max_new_tokens", "4", "--probe_rows", "1",
+         "--knock_outs", "blank_image", "--output_dir", str(tmp_path / "report")]
+    )  # fmt: skip
+    assert group in capsys.readouterr().out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert group in page and "<ol>" not in page and "1. base: Qwen3VLForConditionalGeneration" in page
+
+
+def test_only_texts_that_are_compared_have_pieces():
+    made = {"model": ["a"], "output_dir": "b"}
+    assert eval_script.EvalArguments(**made).scored_pattern == r"\S+"
+    assert eval_script.EvalArguments(**made, match="choice").scored_pattern is None
+    assert eval_script.EvalArguments(**made, match="choice", scored_pattern="x").scored_pattern == "x"
 
 
 def test_files_that_are_no_report_are_left_alone(base, data, tmp_path):

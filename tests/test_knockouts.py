@@ -1,6 +1,7 @@
 """What is taken from a model while it answers is what is said, and nothing else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,11 +105,12 @@ def test_changed_images(conversations):
 def test_rows_about_the_same_image_are_not_shown_it_again(tmp_path):
     for k, name in enumerate("abc"):
         Image.new("RGB", (32, 32), (60 * k, 0, 0)).save(tmp_path / f"{name}.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "d.png")  # the same picture under another name
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
-    rows = [{"images": [f"{name}.png"], "messages": turns} for name in "aaabbc"]
+    rows = [{"images": [f"{name}.png"], "messages": turns} for name in "aaabbcd"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert ChangedImages(load_conversations(str(tmp_path / "rows.jsonl"), "train"), blank=False).others == [
-        3, 3, 3, 5, 5, 0]  # fmt: skip
+        3, 3, 3, 5, 5, 6, 3]  # fmt: skip
 
 
 def test_an_image_that_no_other_row_could_replace(tmp_path):

@@ -164,6 +164,11 @@ def test_paired_difference_resamples_rows_not_pieces():
         *(("The answer is (B), because A is wrong.", "B"), ("**Answer:** D", "D"), ("Answer: B. a dog", "B")),
         *((r"So it is \boxed{\text{C}}.", "C"), ("The answer is A. No, the final answer is D.", "D")),
         *(("A cat sits on the mat", None), ("I think (A) or (C)", None), ("none", None), ("", None)),
+        *(("The correct answer is **B**.", "B"), ("The correct option is **B**.", "B"), ("Option B is correct.", "B")),
+        *(("The answer is B because", "B"), ("The answer is A, because", "A"), ("B is the correct answer.", "B")),
+        *(('The answer is "B".', "B"), ("b.", "B"), ("(b)", "B"), ("Answer: B\n\nThe only answer that fits.", "B")),
+        *(("The answer is B. Option A is wrong.", "B"), ("Option A is wrong. Option B is right.", "B")),
+        *(("It is B, not A.", None), ("The answer is A cat.", None), ("The answer is B or C.", None), ("A, B", None)),
     ],
 )
 def test_the_option_that_is_chosen(text, option):
@@ -178,6 +183,29 @@ def test_the_option_that_is_chosen(text, option):
         *((r"\boxed{75\%}", "3/4", True), ("x = -2.50", "-2.5", True), ("1e3", "1000", True), ("3", "4", False)),
         *(("between 3 and 4", "4", True), ("", "4", False), ("3.1416", "3.14159265", True), ("3.14", "3.1416", False)),
         *(("2 of 3 are 5", "5", True), ("about 5 (not 6)", "5", False), ("0", "0.0", True), ("1/0", "0", True)),
+        *(
+            ("15 cm^2", "12 cm^2", False),
+            ("15 cm^2", "15", True),
+            ("H2O has 3 atoms", "3", True),
+            ("10^3", "10^4", False),
+        ),
+        *((r"\frac{3}{2}", r"\frac{1}{2}", False), (r"$\frac{1}{2}$", "0.5", True), ("1 1/2", "2 1/2", False)),
+        *(
+            ("2 x 10^3", "5 x 10^3", False),
+            (r"2 \times 10^{3}", "2000", True),
+            ("2^5", "32", True),
+            ("10^999", "5", False),
+        ),
+        *(("\u22123", "3", False), ("\u22123", "-3", True), ("5-3=2", "2", True), ("2020-2021", "2021", True)),
+        *(("72 is the answer", "72", True), ("The answer is 12. The only answer possible.", "12", True)),
+        *(("The answer is 12 (see figure 3).", "12", True), ("The answer is 3 + 4 = 7", "7", True)),
+        *(
+            ("50%", "50", True),
+            ("50", "50%", True),
+            ("50%", "0.5", True),
+            ("50%", "50%", True),
+            ("0.5%", "50%", False),
+        ),
     ],
 )
 def test_the_same_number(prediction, reference, right):
@@ -189,6 +217,18 @@ def test_the_same_number(prediction, reference, right):
     [
         *((r"\boxed{\frac{1}{2}}", "0.5", True), ("$x^2+2x+1$", "(x+1)^2", True), ("5", "6", False), ("", "6", False)),
         *((r"The answer is $\sqrt{2}/2$", r"\frac{1}{\sqrt{2}}", True), (r"$\{1,2\}$", r"\{2,1\}", True)),
+        *(
+            (r"2\sqrt{3}", r"2\sqrt{5}", False),
+            (r"$\boxed{2\sqrt{3}}$", r"2\sqrt{3}", True),
+            ("5", r"2\sqrt{5}", False),
+        ),
+        *(("1+x^2", "x^2+1", True), ("x+1", "x+2", False), ("(1,2)", "(1,2)", True), ("(1,2)", "(1,3)", False)),
+        *((r"\pi", "pi", True), (r"\pi", "3", False), ("A", "A", True), ("The answer is x+1.", "x+1", True)),
+        *(
+            (r"The answer is 2\sqrt{3} meters", r"2\sqrt{3}", True),
+            ("12 apples", "12", True),
+            ("sin(x)", r"\sin(x)", True),
+        ),
     ],
 )
 def test_the_same_mathematical_object(prediction, reference, right):
@@ -200,6 +240,8 @@ def test_references_of_another_kind_are_refused():
         is_same_option("B", "a cat")
     with pytest.raises(UserError, match="has no number in it"):
         is_same_number("7", "seven")
+    with pytest.raises(UserError, match="is no mathematical object"):
+        is_same_math("yes", "yes")
 
 
 def test_accuracy_by_every_kind_of_match():

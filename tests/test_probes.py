@@ -8,6 +8,7 @@ import torch
 from pvm.checkpoints import load_checkpoint
 from pvm.evaluation.probes import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
 from pvm.evaluation.questions import Prompts, Question
+from pvm.evaluation.tables import attention_table
 from pvm.methods import pvm_blocks
 from pvm.sources import load_conversations
 from training import PVM, run
@@ -98,7 +99,7 @@ def test_an_empty_text_is_looked_at_where_it_would_begin(checkpoints, prompts, i
 
 
 def question(group: str, distance: int | None) -> Question:
-    return Question(0, group, "", "", [0], distance)
+    return Question(0, group, "", "", 1, [0], distance)
 
 
 def test_rows_are_spread_over_each_group_and_have_images():
@@ -132,12 +133,15 @@ def test_the_decay_that_is_there_is_found(exponent, half):
 
 
 def test_a_summary(checkpoints, prompts, index):
-    results = {name: [probe(checkpoint, prompts, index, TEXT, [0])] for name, checkpoint in checkpoints.items()}
+    results = {
+        name: [{"group": "read", **probe(checkpoint, prompts, index, TEXT, [0])}]
+        for name, checkpoint in checkpoints.items()
+    }
     summary = summarise(results)
     layers = checkpoints["base"].model.config.text_config.num_hidden_layers
     for name, seen in summary.items():
-        attention = seen["attention"]
-        assert attention["long_texts"] == 1 and len(attention["by_layer"]) == layers and len(seen["kl"]) == layers - 1
+        attention = seen["attention"]["read"]
+        assert attention["rows"] == 1 and len(attention["by_layer"]) == layers and len(seen["kl"]) == layers - 1
         shares = results[name][0]["attention"]
         assert attention["by_layer"][0]["mean"] == pytest.approx(sum(row[0] for row in shares) / len(shares))
         # The first bin is the first token, the second the two after it.
@@ -145,3 +149,24 @@ def test_a_summary(checkpoints, prompts, index):
         assert attention["by_position"][1]["mean"] == pytest.approx(sum(second) / 2)
         assert attention["by_position"][1]["x"] == pytest.approx(2.5)
     assert summary["base"]["injected"] == {} and len(summary["PVM"]["injected"]) == 3
+
+
+def test_groups_decay_apart():
+    """Two groups that fall alike, one from less: a curve through both together would be of neither."""
+
+    def row(group: str, half: float, ratios: list[float]) -> dict:
+        return {
+            "group": group, "visual_tokens": 10, "text_tokens": [10 * ratio for ratio in ratios],
+            "attention": [[1 / (1 + ratio / half)] for ratio in ratios], "kl": [0.0], "residual": [1.0], "ffn": [1.0],
+            "injected": {},
+        }  # fmt: skip
+
+    rows = [row("near", 1.0, [0.5, 1, 2, 4]), row("far", 0.1, [8, 16, 32, 64])]
+    seen = summarise({"base": rows})["base"]["attention"]
+    for group, half in (("near", 1.0), ("far", 0.1)):
+        decay = seen[group]["decay"]
+        assert decay["exponent"] == pytest.approx(1) and decay["half"] == pytest.approx(half)
+    assert seen["far"]["decay"]["observed"] == [8, 64]
+    probes = {"base": {"attention": seen}}
+    halves = [line[3] for line in attention_table({"probes": probes}).rows]
+    assert halves[0].startswith("1.00 [") and halves[1] == "below 8"

@@ -23,10 +23,11 @@ def records(share: float, seed: int, group: str = "all") -> list[dict]:
             "group": group,
             "question": "?",
             "reference": "1",
+            "reference_length": k + 1,
             "depths": [0],
             "distance": 10 if k % 2 else 500,
             "prediction": "1" if right[k] else "2",
-            "length": k + 1,
+            "length": 1,
             "cut": False,
             "correct": bool(right[k]),
         }
@@ -96,6 +97,38 @@ def test_findings_say_better_worse_or_neither_as_the_interval_does(report):
     assert "no difference that 200 answers could show, +0.0 [+0.0, +0.0] points" in memory
     result = compared(report, "all", "PVM", "LoRA")["answers"]
     assert f"worse by {-100 * result['difference']:.1f} points" in lora
+
+
+def test_lengths_that_depend_on_the_answers_are_no_finding(report):
+    """References of one length leave only the first model's own, which tells what it got right."""
+    assert report["lengths_of"] == {"all": "reference"}
+    assert any(line.startswith("PVM against base, by length") for line in findings(report))
+
+    def alike(rows: list[dict]) -> list[dict]:
+        return [{**row, "reference_length": 1, "length": row["row"]} for row in rows]
+
+    entries = [Entry("base", [alike(records(0.3, 0))]), Entry("PVM", [alike(records(0.7, 1))])]
+    other = {**report, "models": report["models"][:2], **score_all(entries, r"\d")}
+    assert other["lengths_of"] == {"all": "answer"}
+    assert not any("by length" in line for line in findings(other))
+    assert "compare the other models with one another there, not with it" in markdown_report(other, {})
+
+
+def test_what_is_the_same_on_every_row_is_said_so(report):
+    entries = [Entry("base", [records(1, 0)]), Entry("base - blank image", [records(0, 0)], intact="base")]
+    models = [{**report["models"][0], "name": entry.name, "intact": entry.intact} for entry in entries]
+    models[1]["knock_out"] = "blank_image"
+    (line,) = findings({**report, "models": models, **score_all(entries, r"\d")})
+    assert line == "base shown a gray image, against its own: -100.0 points, the same on each of 200 questions"
+
+
+def test_a_report_without_branches_is_about_the_second_model(report):
+    entries = [Entry("base", [records(0.3, 0)]), Entry("LoRA", [records(0.9, 5)])]
+    models = [model for model in report["models"] if model["name"] in ("base", "LoRA")]
+    other = {**report, "models": models, **score_all(entries, r"\d")}
+    assert findings(other)[0].startswith("LoRA against base: better by")
+    alone = {**report, "models": models[:1], **score_all(entries[:1], r"\d")}
+    assert findings(alone) == [] and "Many differences" not in " ".join(cautions(alone))
 
 
 def test_tables(report):

@@ -1,6 +1,7 @@
 """Greedy answers to all questions, a batch at a time; a run that was interrupted goes on where it stopped."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,15 +40,23 @@ def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) 
 
 
 def read_journal(file: Path) -> dict[int, Answer]:
-    """The answers by row that an interrupted run has left; a line that it was writing does not count."""
-    answers = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    """
+    The answers by row that an interrupted run has left. A line that it was writing is cut off, so that the next one
+    begins anew.
+    """
+    answers, whole = {}, 0
+    for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
+        if not line.endswith(b"\n"):
+            break
         try:
             entry = json.loads(line)
-        except ValueError:
+            row = entry.pop("row")
+            answers[row] = Answer(**entry)
+        except (ValueError, KeyError, TypeError, AttributeError):
             break
-        row = entry.pop("row")
-        answers[row] = Answer(**entry)
+        whole += len(line)
+    if file.is_file():
+        os.truncate(file, whole)
     return answers
 
 

@@ -8,10 +8,33 @@ from ..errors import UserError
 
 # What an answer's final statement looks like; the last one counts.
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-STATED = re.compile(r"\b(?:final\s+)?answer\b\s*(?:is|:|=)?\s*[:=]?\s*", re.IGNORECASE)
-OPTION = re.compile(r"\(([A-Z])\)|(?<![A-Za-z])([A-Z])(?=[.:)\]]|\s*$)")
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
-FRACTION = re.compile(rf"({NUMBER.pattern})\s*/\s*({NUMBER.pattern})")
+STYLE = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
+STATED = re.compile(r"\banswer\b(?:\s*[:=]|\s+is\b)[\s:=]*", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+
+# An option is a capital letter by itself; the A of "A cat" is none.
+QUOTES = str.maketrans("", "", "*_`\"'“”‘’")  # noqa: RUF001
+LETTER = r"(?:\(([A-Z])\)|([A-Z])(?![\w-])(?!(?<=[AI])\s+(?!(?:because|since|as|and|or|is)\b)\w))"
+CHOSEN = re.compile(rf"\b(?i:answer|option|choice)\b(?:\s*[:=]|\s+is\b)[\s:=]*(?:(?i:option|choice)\s+)?{LETTER}")
+PRAISED = re.compile(rf"(?<!\w){LETTER}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
+AT_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])(?=[.:)]|\s*\n|\s*$)")
+ANYWHERE = re.compile(r"\(([A-Z])\)|(?<!\w)([A-Z])(?=[.:),]|\s*$)")
+ONE_MORE = re.compile(r"\s*(?:or|and|/|&|,)\s*\(?[A-Z]\b(?!\s+[a-z])")
+
+# What is glued to a word (H2O) is no number, and the minus of "3-4" no sign.
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?<![\w.]){DIGITS}(?:[eE][-+]?\d+)?")
+FRACTION = re.compile(rf"(?:(?<![\w.])(\d+)\s+)?(?<![\w.])({DIGITS})\s*/\s*([-+]?{DIGITS})")
+LATEX_FRACTION = re.compile(r"\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+TIMES_TEN = re.compile(r"(?<=\d)\s*(?:x|×|\*|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")  # noqa: RUF001
+POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
+EXPONENT = re.compile(r"\^\s*(?:\{[^{}]*\}|[-+]?\w+)")
+
+# Where math-verify looks for mathematics in a text, and what tells it from prose where there is no such place.
+DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[|\\boxed|\\begin")
+LATEX = re.compile(r"\\[A-Za-z]|\^")
+FUNCTION = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def normalise(text: str) -> str:
@@ -24,24 +47,36 @@ def is_exact_match(prediction: str, reference: str) -> bool:
     return normalise(prediction) == normalise(reference)
 
 
-def final_statement(text: str) -> str:
-    """What a text gives as its answer: in the last `\\boxed{}`, else after the last "answer is", else all of it."""
+def final_statement(text: str) -> str | None:
+    """What a text says its answer is: in the last `\\boxed{}`, else the rest of the sentence after "answer is"."""
     if boxed := BOXED.findall(text):
-        return re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", boxed[-1])
-    return STATED.split(text)[-1].strip().strip("*")
+        return STYLE.sub(r"\1", boxed[-1])
+    parts = STATED.split(text)
+    return SENTENCE_END.split(parts[-1])[0] if len(parts) > 1 else None
 
 
 def chosen_option(text: str) -> str | None:
     """
-    The letter of the option that a text chooses: `B`, `(B)`, `B.`, `B: a cat`, "The answer is (B), because ...".
-    `None` if there is none, or several and no telling which.
+    The letter of the option that a text chooses: `B`, `(b)`, `B. a cat`, "The correct option is **B**, because ...",
+    "B is right", or the only one that it names. `None` if there is none, or several and no telling which.
     """
-    statement = final_statement(text)
-    if re.fullmatch(r"[A-Za-z]", statement):
-        return statement.upper()
-    first = OPTION.match(statement)
-    letters = {first[1] or first[2]} if first else {found[1] or found[2] for found in OPTION.finditer(statement)}
+    if boxed := BOXED.findall(text):
+        text = STYLE.sub(r"\1", boxed[-1])
+    text = text.translate(QUOTES).strip()
+    alone = re.fullmatch(r"(?:.*\banswer\s*(?:is|:|=)\s*)?\(?([A-Za-z])\)?[.)]?", text, re.IGNORECASE | re.DOTALL)
+    if alone:
+        return alone[1].upper()
+    for pattern in (CHOSEN, PRAISED):
+        if stated := list(pattern.finditer(text)):
+            return None if ONE_MORE.match(text, stated[-1].end()) else _letter(stated[-1])
+    if first := AT_FIRST.match(text):
+        return _letter(first)
+    letters = {_letter(found) for found in ANYWHERE.finditer(text)}
     return letters.pop() if len(letters) == 1 else None
+
+
+def _letter(found: re.Match) -> str:
+    return found[1] or found[2]
 
 
 def is_same_option(prediction: str, reference: str) -> bool:
@@ -59,23 +94,47 @@ def is_same_option(prediction: str, reference: str) -> bool:
     return chosen_option(prediction) == wanted
 
 
-def stated_number(text: str) -> float | None:
-    """The last number in what a text gives as its answer; a fraction is one, and with a per cent sign a hundredth."""
+def stated_number(text: str) -> tuple[float, bool] | None:
+    """
+    The number that a text gives as its answer, and whether a per cent sign follows: the first one after "answer is"
+    and the last "=" of that sentence, else the last one of all. Fractions, mixed numbers, powers and numbers times a
+    power of ten are one; exponents of units are none. `None` if there is no number.
+    """
     statement = final_statement(text)
-    numbers = list(NUMBER.finditer(statement))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    value = float(last[0].replace(",", ""))
-    for fraction in FRACTION.finditer(statement):
-        if fraction.end() == last.end() and value != 0:
-            value = float(fraction[1].replace(",", "")) / value
-    return value / 100 if statement[last.end() :].lstrip(" \\").startswith("%") else value
+    plain = _plain_numbers(text if statement is None else statement.rpartition("=")[2])
+    numbers = list(NUMBER.finditer(plain))
+    if not numbers:  # "12 is the answer: ..."
+        before = STATED.search(text)
+        return before and stated_number(text[: before.start()])
+    found = numbers[-1 if statement is None else 0]
+    return float(found[0].replace(",", "")), plain[found.end() :].lstrip(" \\").startswith("%")
+
+
+def _plain_numbers(text: str) -> str:
+    """A text whose fractions and powers are decimal numbers."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("**", "")  # noqa: RUF001
+    text = LATEX_FRACTION.sub(r" \1/\2", text)
+    text = TIMES_TEN.sub(r"e\1", text)
+    text = EXPONENT.sub("", POWER.sub(_power, text))
+    return FRACTION.sub(_quotient, text)
+
+
+def _power(found: re.Match) -> str:
+    try:
+        return repr(float(found[1]) ** int(found[2]))
+    except ArithmeticError:  # too large, or a power of 0
+        return found[0]
+
+
+def _quotient(found: re.Match) -> str:
+    above, below = (float(part.replace(",", "")) for part in (found[2], found[3]))
+    return found[0] if below == 0 else repr(float(found[1] or 0) + above / below)
 
 
 def is_same_number(prediction: str, reference: str) -> bool:
     """
-    Whether both give the same number, to a ten-thousandth of it.
+    Whether both give the same number, to a ten-thousandth of it. Where one has a per cent sign and the other has not,
+    50 % is 50 as well as 0.5.
 
     Raises:
         UserError: if the reference has no number.
@@ -83,22 +142,42 @@ def is_same_number(prediction: str, reference: str) -> bool:
     wanted, given = stated_number(reference), stated_number(prediction)
     if wanted is None:
         raise UserError(f"The reference {reference[:60]!r} has no number in it: choose another --match.")
-    return given is not None and math.isclose(given, wanted, rel_tol=1e-4, abs_tol=1e-12)
+    if given is None:
+        return False
+    (value, is_share), (other, is_other_share) = given, wanted
+    readings = [(value, other)]
+    if is_share != is_other_share:
+        readings.append((value / 100, other) if is_share else (value, other / 100))
+    return any(math.isclose(*reading, rel_tol=1e-4, abs_tol=1e-12) for reading in readings)
 
 
 def is_same_math(prediction: str, reference: str) -> bool:
     """
-    Whether both are the same mathematical object, written in LaTeX or plainly, as math-verify sees it.
+    Whether both are the same text, or the same mathematical object, written in LaTeX or plainly, as math-verify sees
+    it.
 
     Raises:
-        UserError: if math-verify is not installed.
+        UserError: if math-verify is not installed, or sees none in the reference.
     """
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError("--match math needs math-verify: pip install math-verify") from error
-    wanted = parse(reference) or parse(f"${reference}$")
-    return verify(wanted, parse(prediction))
+    wanted = parse(_delimited(reference))
+    if not wanted:
+        raise UserError(f"The reference {reference[:60]!r} is no mathematical object: choose another --match.")
+    return is_exact_match(prediction, reference) or verify(wanted, parse(_delimited(prediction)))
+
+
+def _delimited(text: str) -> str:
+    """A text with its mathematics between dollars, without which math-verify sees only the plain numbers of it."""
+    if DELIMITED.search(text):
+        return text
+    statement = (final_statement(text) or text).strip().rstrip(".").replace("$", "")
+    statement = FUNCTION.sub(r"\\\1", statement)
+    if WORD.search(statement) and not LATEX.search(statement):
+        return text  # prose; in it plain numbers are found
+    return f"${WORD.sub(' ', statement)}$"
 
 
 MATCHES = {"exact": is_exact_match, "choice": is_same_option, "number": is_same_number, "math": is_same_math}

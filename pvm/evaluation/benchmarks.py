@@ -426,8 +426,8 @@ def run_benchmarks(
 
     console = Console(soft_wrap=True)
     for line in checkpoint_lines(report):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     for table in filter(None, (results_table(report), runs_table(report))):
         console.print(table.rich())
-    console.print(f"\nWritten: {output_dir}/lmms.md, lmms.json, lmms_runs/")
+    print(f"\nWritten: {output_dir}/lmms.md, lmms.json, lmms_runs/")
     return report

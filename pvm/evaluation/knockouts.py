@@ -4,6 +4,7 @@ What is taken from a model while it answers, to see what its answers rest on.
 All of it goes through the model's own seams: the switch of a call, the pixels, what stands in the cache, the mask.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -27,8 +28,8 @@ KNOCK_OUTS = {
     "blank_image": "every image is uniformly gray",
     "another_image": "the images are those of another row",
     "another_memory": "self-attention sees the row's own images, and the branches those of another row",
-    "hidden_image": "self-attention of the text after the images does not see them; the branches do",
-    "blind": "neither self-attention of the text after the images nor the branches see them",
+    "hidden_image": "self-attention of the text after the last image sees none; the branches do",
+    "blind": "neither self-attention of the text after the last image nor the branches see any",
 }
 # Those in which the prompt is read in two parts, the second after the last image.
 SPLIT = ("another_memory", "hidden_image", "blind")
@@ -102,8 +103,7 @@ class ChangedImages:
         refuse_videos(conversations)
         self.conversations, self.blank = conversations, blank
         pictures = [
-            [file["bytes"] or file["path"] for file in conversations[index].images]
-            for index in range(len(conversations))
+            [_fingerprint(image) for image in conversations[index].images] for index in range(len(conversations))
         ]
         rows: dict[int, list[int]] = {}
         for index, shown in enumerate(pictures):
@@ -135,6 +135,12 @@ class ChangedImages:
 
     def where(self, index: int) -> str:
         return self.conversations.where(index)
+
+
+def _fingerprint(image: dict) -> str:
+    """Of what is seen: a picture may lie under several names, or in several rows."""
+    picture = read_image(image)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def _as_file(picture: Image.Image) -> dict:

@@ -15,7 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from .answers import MATCHES
+from .answers import MATCHES, normalise
 
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
@@ -30,10 +30,11 @@ MAX_DEPTHS, DEPTH_BINS = 20, 10
 def score_pieces(prediction: str, reference: str, pattern: str) -> list[bool]:
     """
     For each match of the regular expression `pattern` in `reference`, whether the match of the same number in
-    `prediction` is the same text, whatever its case. A missing one is wrong; superfluous ones do not count.
+    `prediction` is the same text after [`normalise`]. A missing one is wrong; superfluous ones do not count.
     """
-    found = [match.group().casefold() for match in re.finditer(pattern, prediction)]
-    wanted = [match.group().casefold() for match in re.finditer(pattern, reference)]
+    found, wanted = (
+        [normalise(piece.group()) for piece in re.finditer(pattern, text)] for text in (prediction, reference)
+    )
     return [k < len(found) and found[k] == piece for k, piece in enumerate(wanted)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -16,8 +17,10 @@ from ..sources import Conversations
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too; markers differ as well.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more, so that an eighth model is not like the first
+Styles = dict[str, tuple[str, str]]  # colour and marker of each model
 LABEL_GAP = 0.065  # least distance of two lines of labels, as a share of the height
+QUESTION_SHOWN = 56  # characters, the last ones
 LABEL_WIDTH = 16  # characters, beyond which a name goes on in another line: panels keep their width
 
 
@@ -43,25 +46,26 @@ def draw_all(
         "heat NAME" for each model that has branches.
     """
     names = list(dict.fromkeys(model["name"] for model in report["models"] if model["knock_out"] == "nothing"))
-    colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
-    figures = {
-        "accuracy": _accuracy(report, names),
-        "lengths": _lengths(report, names, colours),
-        "knock_outs": _knock_outs(report, names, colours),
-        "attention": _attention(report["probes"], colours),
-        "lens": _lens(report["probes"], colours),
-        "branches": _branches(report["probes"], colours),
-        **{f"heat {name}": _heat_maps(results, conversations) for name, results in probes.items()},
-    }
+    styles = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(names)}
     files = {}
-    for what, figure in figures.items():
-        if figure is not None:
-            files[what] = "report.png" if what == "accuracy" else f"report_{what}.png"
-            figure.savefig(folder / files[what])
+    with rc_context({"text.parse_math": False}):  # names, groups and tokens may have dollars in them
+        figures = {
+            "accuracy": _accuracy(report, styles),
+            "lengths": _lengths(report, styles),
+            "knock_outs": _knock_outs(report, styles),
+            "attention": _attention(report["probes"], styles),
+            "lens": _lens(report["probes"], styles),
+            "branches": _branches(report["probes"], styles),
+            **{f"heat {name}": _heat_maps(results, conversations) for name, results in probes.items()},
+        }
+        for what, figure in figures.items():
+            if figure is not None:
+                files[what] = "report.png" if what == "accuracy" else f"report_{what}.png"
+                figure.savefig(folder / files[what])
     return files
 
 
-def _accuracy(report: dict[str, Any], models: list[str]) -> Figure:
+def _accuracy(report: dict[str, Any], styles: Styles) -> Figure:
     """Accuracy by distance on the left, by depth on the right, a row for each group that has either."""
     left = [name for name, group in report["groups"].items() if _has_distances(group)]
     right = [name for name, group in report["groups"].items() if _has_depths(group)]
@@ -70,9 +74,9 @@ def _accuracy(report: dict[str, Any], models: list[str]) -> Figure:
     axes = figure.subplots(rows, 2, squeeze=False)
     for k in range(rows):
         if k < len(left):
-            _plot_distance(axes[k][0], report, left[k], models)
+            _plot_distance(axes[k][0], report, left[k], styles)
         if k < len(right):
-            _plot_depth(axes[k][1], report, right[k], models)
+            _plot_depth(axes[k][1], report, right[k], styles)
         for ax in axes[k]:
             if not ax.has_data():
                 ax.set_axis_off()
@@ -81,20 +85,22 @@ def _accuracy(report: dict[str, Any], models: list[str]) -> Figure:
     return figure
 
 
-def _lengths(report: dict[str, Any], models: list[str], colours: dict[str, str]) -> Figure | None:
+def _lengths(report: dict[str, Any], styles: Styles) -> Figure | None:
     """Accuracy by quartile of length, a panel for each group in which lengths vary."""
-    groups = [name for name, group in report["groups"].items() if len(group[models[0]]["by_length"]["bins"]) > 1]
+    first = next(iter(styles))
+    groups = [name for name, group in report["groups"].items() if len(group[first]["by_length"]["bins"]) > 1]
     if not groups:
         return None
     figure, axes = _panels(len(groups))
     for ax, group in zip(axes, groups):
-        for k, name in enumerate(models):
+        for k, (name, style) in enumerate(styles.items()):
             bins = report["groups"][group][name]["by_length"]["bins"]
-            x = [place + (k - (len(models) - 1) / 2) * 0.12 for place in range(len(bins))]
-            _points(ax, x, bins, colours[name], MARKERS[k % len(MARKERS)], _label(name))
+            x = [place + (k - (len(styles) - 1) / 2) * 0.12 for place in range(len(bins))]
+            _points(ax, x, bins, style, _label(name))
         ax.set_xticks(range(len(bins)), [f"{bin_label(span)}\n(n = {span['n']})" for span in bins])
         ax.set_title(_title("Correct answers by length", group))
-        ax.set_xlabel(f"tokens of the answer of\n{models[0]}, in quartiles\n(bars: 95% intervals)")
+        whose = "the reference" if report["lengths_of"][group] == "reference" else f"{first}'s answer"
+        ax.set_xlabel(f"tokens of {whose}\nin quartiles (bars: 95% intervals)")
         ax.set_ylabel("correct answers")
         ax.set_ylim(-0.02, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -103,7 +109,7 @@ def _lengths(report: dict[str, Any], models: list[str], colours: dict[str, str])
     return figure
 
 
-def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, str]) -> Figure | None:
+def _knock_outs(report: dict[str, Any], styles: Styles) -> Figure | None:
     """What each knock-out costs, a panel for each group."""
     entries = {model["name"]: model["intact"] for model in report["models"] if model["intact"] is not None}
     if not entries:
@@ -113,12 +119,13 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
     for ax, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups):
         found = {entry["of"]: entry for entry in report["comparisons"][group] if entry["of"] in entries}
         for place, (name, intact) in enumerate(reversed(entries.items())):
-            for what, shift, face in (("answers", 0.12, colours[intact]), ("pieces", -0.12, "white")):
+            colour, _ = styles[intact]
+            for what, shift, face in (("answers", 0.12, colour), ("pieces", -0.12, "white")):
                 if result := found[name][what]:
                     points = [100 * value for value in (*result["interval"], result["difference"])]
                     height = [place + shift] * 2
-                    ax.plot(points[:2], height, color=colours[intact], linewidth=1.5)
-                    ax.plot(points[2:], height[:1], "o", color=colours[intact], markerfacecolor=face)
+                    ax.plot(points[:2], height, color=colour, linewidth=1.5)
+                    ax.plot(points[2:], height[:1], "o", color=colour, markerfacecolor=face)
         ax.axvline(0, color="#888888", linewidth=1)
         ax.set_yticks(range(len(entries)), list(reversed(entries)))
         ax.set_ylim(-0.5, len(entries) - 0.5)
@@ -129,25 +136,36 @@ def _knock_outs(report: dict[str, Any], models: list[str], colours: dict[str, st
     return figure
 
 
-def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
-    """The share of self-attention on the image: by position, by text tokens per visual one with fits, by layer."""
+def _attention(probes: dict[str, Any], styles: Styles) -> Figure | None:
+    """
+    The share of self-attention on the image, a row for each group: by position, by text tokens per visual one with
+    fits, by layer.
+    """
     if not probes:
         return None
-    figure, (position, ratio, layer) = _panels(3)
+    groups = list(next(iter(probes.values()))["attention"])
+    figure = Figure(figsize=(13.8, 4.6 * len(groups)), dpi=100, layout="constrained")
+    for group, axes in zip(groups, figure.subplots(len(groups), 3, squeeze=False)):
+        _plot_attention(axes, group, {name: summary["attention"][group] for name, summary in probes.items()}, styles)
+    return figure
+
+
+def _plot_attention(axes: Sequence[Axes], group: str, probes: dict[str, Any], styles: Styles) -> None:
+    position, ratio, layer = axes
     for ax in (position, ratio):
         ax.set_xscale("log", base=2)
     ratio.set_yscale("log")
-    for name, summary in probes.items():
-        attention, colour = summary["attention"], colours[name]
+    for name, attention in probes.items():
+        style = styles[name]
         if attention["by_position"]:
-            _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], colour, name)
+            _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], style, name)
         x = np.array([point["x"] for point in attention["by_ratio"]])
-        _band(ratio, x, attention["by_ratio"], colour, name)
+        _band(ratio, x, attention["by_ratio"], style, name)
         if attention["decay"] is not None:
             fine = np.geomspace(x.min(), x.max(), 50)
             fit = 1 / (1 + (fine / attention["decay"]["half"]) ** attention["decay"]["exponent"])
-            ratio.plot(fine, fit, color=colour, linewidth=1, linestyle="--")
-        _band(layer, range(len(attention["by_layer"])), attention["by_layer"], colour, name)
+            ratio.plot(fine, fit, color=style[0], linewidth=1, linestyle="--")
+        _band(layer, range(len(attention["by_layer"])), attention["by_layer"], style, name)
     fine = np.geomspace(*ratio.get_xlim(), 50)
     ratio.plot(fine, 1 / (1 + fine), color="#888888", linestyle=":")
     for ax, title, label in (
@@ -166,22 +184,21 @@ def _attention(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        ax.set_title(title)
+        ax.set_title(_title(title, group))
         ax.set_xlabel(label)
         _plain(ax)
     (position if position.has_data() else ratio).set_ylabel("self-attention on the image")
     layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(layer)
-    return figure
 
 
-def _lens(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
+def _lens(probes: dict[str, Any], styles: Styles) -> Figure | None:
     """KL divergence of each layer's logit lens from the final prediction."""
     if not probes:
         return None
     figure, (ax,) = _panels(1)
     for name, summary in probes.items():
-        _band(ax, range(len(summary["kl"])), summary["kl"], colours[name], name)
+        _band(ax, range(len(summary["kl"])), summary["kl"], styles[name], name)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("How far each layer is from the final prediction")
@@ -192,7 +209,7 @@ def _lens(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
     return figure
 
 
-def _branches(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
+def _branches(probes: dict[str, Any], styles: Styles) -> Figure | None:
     """What branches add, as a share of the stream, by layer; the FFN's beside it."""
     with_branches = {name: summary for name, summary in probes.items() if summary["injected"]}
     if not with_branches:
@@ -203,7 +220,7 @@ def _branches(probes: dict[str, Any], colours: dict[str, str]) -> Figure | None:
         layers = [int(layer) for layer in summary["injected"]]
         shares = [summary["injected"][str(n)]["mean"] / summary["residual"][n]["mean"] for n in layers]
         x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
-        ax.bar(x, shares, width=0.9 * width, color=colours[name], label=_label(f"{name}: branch"))
+        ax.bar(x, shares, width=0.9 * width, color=styles[name][0], label=_label(f"{name}: branch"))
         ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
         ax.plot(x, ffn, color="#777777", linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -229,7 +246,8 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
     for (row, heat), line in zip(lines, axes):
         image = read_image(conversations[row["index"]].images[0])
         line[0].imshow(image)
-        line[0].set_ylabel(f"row {row['row']}\n“{heat['text']}” at {heat['token']}")
+        question = textwrap.fill(f"row {row['row']}: {row['question'][-QUESTION_SHOWN:]}", 28)
+        line[0].set_ylabel(f"{question}\n“{heat['text']}” at {heat['token']}", fontsize=8)
         maps = {**heat["branches"], "self": heat["self_attention"]}
         for ax, source in zip(line[1:], sources):
             weights = np.array(maps[source]).reshape(row["grid"])
@@ -262,20 +280,20 @@ def _plain(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], colour: str, name: str) -> None:
+def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], style: tuple[str, str], name: str) -> None:
     """Means as a line with their intervals."""
     low, high = zip(*(point["interval"] for point in points))
+    means, (colour, marker) = [point["mean"] for point in points], style
     ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    ax.plot(
-        x, [point["mean"] for point in points], color=colour, marker="o", markersize=4, linewidth=2, label=_label(name)
-    )
+    ax.plot(x, means, color=colour, marker=marker, markersize=4, linewidth=2, label=_label(name))
 
 
-def _points(ax: Axes, x: list[float], bins: list[dict[str, Any]], colour: str, marker: str, name: str) -> None:
+def _points(ax: Axes, x: list[float], bins: list[dict[str, Any]], style: tuple[str, str], name: str) -> None:
     """Accuracies as points with their intervals."""
     y = [span["accuracy"] for span in bins]
     errors = [[max(y[k] - span["interval"][0], 0) for k, span in enumerate(bins)],
               [max(span["interval"][1] - y[k], 0) for k, span in enumerate(bins)]]  # fmt: skip
+    colour, marker = style
     ax.errorbar(x, y, yerr=errors, color=colour, marker=marker, linestyle="none", linewidth=1.5, label=name)
 
 
@@ -291,10 +309,10 @@ def _title(text: str, group: str) -> str:
     return text if group == "all" else f"{text}  ({group})"
 
 
-def _plot_distance(ax: Axes, report: dict[str, Any], group: str, models: list[str]) -> None:
-    results = {name: report["groups"][group][name]["by_distance"]["bins"] for name in models}
+def _plot_distance(ax: Axes, report: dict[str, Any], group: str, styles: Styles) -> None:
+    results = {name: report["groups"][group][name]["by_distance"]["bins"] for name in styles}
     ax.set_xscale("log", base=2)
-    bins = _plot_lines(ax, results)
+    bins = _plot_lines(ax, results, styles)
     ax.set_xticks([max(result["mean"], 1) for result in bins], [bin_label(result) for result in bins])
     ax.minorticks_off()
     ax.set_title(_title("Correct answers by distance from the image", group))
@@ -302,9 +320,9 @@ def _plot_distance(ax: Axes, report: dict[str, Any], group: str, models: list[st
     ax.set_ylabel("correct answers")
 
 
-def _plot_depth(ax: Axes, report: dict[str, Any], group: str, models: list[str]) -> None:
-    results = {name: report["groups"][group][name]["by_depth"]["bins"] for name in models}
-    bins = _plot_lines(ax, results)
+def _plot_depth(ax: Axes, report: dict[str, Any], group: str, styles: Styles) -> None:
+    results = {name: report["groups"][group][name]["by_depth"]["bins"] for name in styles}
+    bins = _plot_lines(ax, results, styles)
     ax.set_title(_title("Correct pieces by depth in the answer", group))
     ax.set_xlabel(f"tokens of the answer before the piece\n{_counts(bins, 'pieces')}")
     ax.set_ylabel("correct pieces")
@@ -313,15 +331,16 @@ def _plot_depth(ax: Axes, report: dict[str, Any], group: str, models: list[str])
 def _counts(bins: list[dict[str, Any]], what: str) -> str:
     fewest, most = min(result["n"] for result in bins), max(result["n"] for result in bins)
     count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    what = what.removesuffix("s") if most == 1 else what
     single = "; thin: single runs" if any("by_run" in result for result in bins) else ""
     return f"(a point: {count} {what}; shaded: 95% interval{single})"
 
 
-def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]], styles: Styles) -> list[dict[str, Any]]:
     """One line with its interval for each model, named at its end. Returns the bins, which all models share."""
     ends = []
-    for k, bins in enumerate(results.values()):
-        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+    for name, bins in results.items():
+        colour, marker = styles[name]
         x = [max(result["mean"], 1) if ax.get_xscale() == "log" else result["mean"] for result in bins]
         y = [result["accuracy"] for result in bins]
         low, high = zip(*(result["interval"] for result in bins))
@@ -336,13 +355,13 @@ def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]]) -> list[dict
     ax.spines[["top", "right"]].set_visible(False)
     labels = [_label(name) for name in results]
     heights = _spread(ends, LABEL_GAP * max(label.count("\n") + 1 for label in labels))
-    for k, label in enumerate(labels):
+    for label, height, name in zip(labels, heights, results):
         ax.annotate(
             label,
-            xy=(x[-1], heights[k]),
+            xy=(x[-1], height),
             xytext=(10, 0),
             textcoords="offset points",
-            color=COLOURS[k % len(COLOURS)],
+            color=styles[name][0],
             fontsize=12,
             fontweight="bold",
             verticalalignment="center",

@@ -206,17 +206,22 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     What the report says of probes.
 
     Args:
-        results (`dict` `{model: results}`): of [`probe`], of the same rows for all models.
+        results (`dict` `{model: results}`): of [`probe`], of the same rows for all models, with their `group`.
 
     Returns:
-        `dict` by model: `attention` with `by_position` (texts of at least `LONG_TEXT` tokens), `by_ratio` (text tokens
-        per visual token), both in bins that double, `by_layer` and `decay` (see [`fit_decay`]); `kl` by layer, last
-        one excluded; `residual`, `ffn`, `injected` by layer. Entries have `n` rows, `mean` and a 95 % `interval`.
+        `dict` by model: `attention` by group of rows, with `by_position` (texts of at least `LONG_TEXT` tokens),
+        `by_ratio` (text tokens per visual token), both in bins that double, `by_layer` and `decay` (see
+        [`fit_decay`]); over all rows `kl` by layer, last one excluded; `residual`, `ffn`, `injected` by layer. Entries
+        have `n` rows, `mean` and a 95 % `interval`.
     """
     return {
         name: {
             "rows": len(rows),
-            "attention": _summarise_attention(rows),
+            # Groups apart: where rows of one end those of another go on, and a curve through both is of neither.
+            "attention": {
+                group: _summarise_attention([row for row in rows if row["group"] == group])
+                for group in dict.fromkeys(row["group"] for row in rows)
+            },
             "kl": _over_rows([row["kl"] for row in rows]),
             "residual": _over_rows([row["residual"] for row in rows]),
             "ffn": _over_rows([row["ffn"] for row in rows]),
@@ -233,7 +238,6 @@ def _over_rows(values: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def _summarise_attention(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    long = [row for row in rows if len(row["attention"]) >= LONG_TEXT]
     by_position: dict[int, list[tuple[float, float]]] = {}
     by_ratio: dict[int, list[tuple[float, float]]] = {}
     points = []
@@ -249,8 +253,8 @@ def _summarise_attention(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for key, point in _binned([k.bit_length() - 1 for k in positions], positions, shares).items():
                 by_position.setdefault(key, []).append(point)
     return {
+        "rows": len(rows),
         "by_position": _bins(by_position),
-        "long_texts": len(long),
         "by_ratio": _bins(by_ratio),
         "by_layer": _over_rows([[sum(layer) / len(layer) for layer in zip(*row["attention"])] for row in rows]),
         "decay": fit_decay(points),
@@ -286,13 +290,15 @@ def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] |
 
     Returns:
         `dict`: `exponent` and `half` (the x at which half of the attention is on the image) by least squares on
-        log-odds against log x, with the `interval`s of 95 % of resamples of rows, and `r2`; `None` if x does not vary.
+        log-odds against log x, with the `interval`s of 95 % of resamples of rows, `r2`, and the least and the largest
+        x, `observed`; `None` if x does not vary.
     """
     kept = [[(x, share) for x, share in row if x > 0 and 0 < share < 1] for row in rows]
     # By row: the sums that a regression of log-odds on log x is made of, [rows, 6].
     logs = [[(math.log(x), math.log(share / (1 - share))) for x, share in row] for row in kept if row]
     sums = np.array([np.sum([[1, u, u * u, v, u * v, v * v] for u, v in row], axis=0) for row in logs])
-    if len(sums) == 0 or np.ptp([x for row in kept for x, _ in row]) < 1:
+    observed = [x for row in kept for x, _ in row]
+    if len(sums) == 0 or np.ptp(observed) < 1:
         return None
 
     def solve(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -311,4 +317,5 @@ def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] |
         "exponent_interval": np.quantile(drawn[0], [0.025, 0.975]).tolist(),
         "half": float(half[0]),
         "half_interval": np.quantile(drawn[1], [0.025, 0.975]).tolist(),
+        "observed": [min(observed), max(observed)],
     }

@@ -31,6 +31,7 @@ class Question:
     group (`str`): its value in the `group_by` column, or "all".
     question (`str`): the end of the last user turn.
     reference (`str`): the last assistant turn.
+    reference_length (`int`): its tokens.
     depths (`list[int]`): token offsets, in the reference, of its scored pieces.
     distance (`int` or `None`): tokens between the last visual token and the answer; `None` without an image.
     """
@@ -39,6 +40,7 @@ class Question:
     group: str
     question: str
     reference: str
+    reference_length: int
     depths: list[int]
     distance: int | None = None
 
@@ -78,15 +80,17 @@ def image_distance(mm_token_type_ids: torch.Tensor) -> int | None:
     return len(mm_token_type_ids) - 1 - int(visual[-1]) if len(visual) else None
 
 
-def piece_depths(text: str, pattern: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """For each match of `pattern` in `text`, how many tokens of `text` come before it."""
+def piece_depths(text: str, pattern: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """For each match of `pattern` in `text`, how many tokens of `text` come before it; without a pattern none."""
+    if pattern is None:
+        return []
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ends = [end for _, end in offsets]
     return [bisect_right(ends, match.start()) for match in re.finditer(pattern, text)]
 
 
 def read_questions(
-    conversations: Conversations, group_by: str | None, pattern: str, tokenizer: PreTrainedTokenizerBase
+    conversations: Conversations, group_by: str | None, pattern: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
     """The questions of a data set that [`Prompts`] has been through, distances still missing."""
     groups = ["all"] * len(conversations) if group_by is None else map(str, conversations.column(group_by))
@@ -95,8 +99,9 @@ def read_questions(
         users = [message for message in conversation.messages if message["role"] == "user"]
         question = message_text(users[-1]) if users else ""
         reference = message_text(conversation.messages[-1])
+        length = len(tokenizer(reference, add_special_tokens=False)["input_ids"])
         depths = piece_depths(reference, pattern, tokenizer)
-        questions.append(Question(row, group, question[-QUESTION_TAIL:], reference, depths))
+        questions.append(Question(row, group, question[-QUESTION_TAIL:], reference, length, depths))
     return questions
 
 

@@ -1,17 +1,17 @@
 """An evaluation in words and tables: for the terminal and for report.md."""
 
+import re
 from typing import Any
 from urllib.parse import quote
 
 from rich.table import Table as RichTable
 
-from .knockouts import KNOCK_OUTS
+from .knockouts import KNOCK_OUTS, SPLIT
 from .plots import bin_label
 from .probes import LONG_TEXT
 from .tables import (
     attention_table,
     branch_table,
-    branched,
     compared,
     depth_table,
     difference,
@@ -25,6 +25,7 @@ from .tables import (
     of_group,
     overall_table,
     runs_table,
+    subject,
 )
 
 
@@ -79,17 +80,15 @@ def remarks(report: dict[str, Any], only_intact: bool = False) -> list[str]:
 
 def findings(report: dict[str, Any]) -> list[str]:
     """The report in sentences, by rule: a difference is one if its 95 % interval excludes zero."""
-    name = branched(report)
-    names = intact_names(report)
-    if name is None or len(names) + len(knocked_out(report, name)) < 2:
-        return []
-    sentences = []
+    name, names, sentences = subject(report), intact_names(report), []
     for group in report["groups"]:
         for other in names:
             if other != name:
                 result = compared(report, group, name, other)
                 sentences.append(f"{name} against {other}{of_group(group)}: {_verdict(result)}")
-                sentences += _length_finding(result["by_length"], name, other, group)
+                # By the first model's own length, a difference from it is one that the bins have chosen.
+                if report["lengths_of"][group] == "reference" or names[0] not in (name, other):
+                    sentences += _length_finding(result["by_length"], name, other, group)
         for entry, kind in knocked_out(report, name).items():
             result = compared(report, group, entry, name)
             what = FINDING[kind].format(name=name, layer=entry.rpartition(" ")[2])
@@ -98,6 +97,11 @@ def findings(report: dict[str, Any]) -> list[str]:
 
 
 # What a knock-out is called where its effect is told.
+LIST_NUMBER = re.compile(r"^([0-9]+)([.)])")  # as which a name may begin that is none
+IN_TWO_PARTS = (
+    "In `another_memory`, `hidden_image` and `blind`, only text after the last image lacks it: where a question has "
+    "several images, the text between them has seen the first ones, and tells of them."
+)
 FEW_ROWS = 10  # of which no interval is worth a sentence
 FINDING = {
     "branch_off": "{name} with its branches off, against intact",
@@ -117,8 +121,10 @@ def _verdict(entry: dict[str, Any]) -> str:
 
 def _direction(result: dict[str, Any], what: str) -> str:
     low, high = result["interval"]
-    if result["rows"] < FEW_ROWS or (low == high and result["difference"] != 0):
-        return f"{difference(result)} points, of {result['rows']:,} questions, too few to say more"
+    if result["rows"] < FEW_ROWS:
+        return f"{difference(result)} points, of {_plural(result['rows'], 'question')}, too few to say more"
+    if low == high != 0:
+        return f"{100 * low:+.1f} points, the same on each of {_plural(result['rows'], 'question')}"
     if low > 0:
         sign = "better by"
     elif high < 0:
@@ -128,6 +134,10 @@ def _direction(result: dict[str, Any], what: str) -> str:
         return f"no difference that {n} could show, {difference(result)} points"
     points, bounds = difference(result).lstrip("+-").split(" ", 1)
     return f"{sign} {points} points {bounds}"
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _length_finding(spans: list[dict[str, Any]], name: str, other: str, group: str) -> list[str]:
@@ -155,8 +165,9 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
 
     parts = [
         f"# {', '.join(names)} on {report['dataset']['name']}",
-        f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} {report['rows']:,} questions "
-        f"(split `{arguments['dataset_split']}`), always with the most likely next token.{_runs(report)}",
+        f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} "
+        f"{_plural(report['rows'], 'question')} (split `{arguments['dataset_split']}`), always with the most likely "
+        f"next token.{_runs(report)}",
         *picture("accuracy", "Accuracy by distance and by depth"),
     ]
     if found := findings(report):
@@ -190,7 +201,8 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
         "## How it was measured",
         _bullets(
             [
-                f"{m['label']}: `{m['path']}`{at_commit(m)}, {m['dtype']}, answered in {m['seconds']:.0f} s"
+                f"{m['label']}: `{m['path']}`{at_commit(m)}, {m['dtype']}, answered in "
+                + ("several goes" if m["seconds"] is None else f"{m['seconds']:.0f} s")
                 for m in report["models"]
             ]
         ),
@@ -246,11 +258,14 @@ def cautions(report: dict[str, Any]) -> list[str]:
             f"{without:,} of {report['rows']:,} questions have no image. They count in every number, and knock-outs "
             "of images take nothing from them."
         )
-    sentences.append(
-        "Many differences are reported, each with a 95 % interval. Where nothing differs, one in twenty excludes zero "
-        "by chance."
-    )
-    sentences.append("That an interval includes zero is no proof that there is no difference: look at how wide it is.")
+    if any(report["comparisons"].values()):
+        sentences.append(
+            "Many differences are reported, each with a 95 % interval. Where nothing differs, one in twenty excludes "
+            "zero by chance."
+        )
+        sentences.append(
+            "That an interval includes zero is no proof that there is no difference: look at how wide it is."
+        )
     if report["probes"]:
         rows = next(iter(report["probes"].values()))["rows"]
         sentences.append(
@@ -263,14 +278,14 @@ def cautions(report: dict[str, Any]) -> list[str]:
 
 
 def _differences(report: dict[str, Any]) -> list[str]:
-    first, name = intact_names(report)[0], branched(report)
+    first, name = intact_names(report)[0], subject(report)
     parts = []
     tables = list(group_tables(report, lambda report, group: difference_table(report, group, first)))
     if tables:
         parts += ["## Differences from the first model", difference_guide(first)]
     for table in tables:
         parts += [f"**{table.title}**", table.markdown()]
-    if name not in (None, first) and len(intact_names(report)) > 2:
+    if name != first and len(intact_names(report)) > 2:
         parts.append(f"## Differences of {name} from each")
         for group in report["groups"]:
             table = difference_table(report, group, name, is_second=True)
@@ -288,6 +303,7 @@ def _knock_outs(report: dict[str, Any], picture: list[str]) -> list[str]:
         "in part; what is kept had another source as well, or was guessed (`blind` shows how much guessing gives). A "
         "model that was never trained without it may also fail for being disturbed.",
         _bullets([f"**{kind.replace('_', ' ')}**: {KNOCK_OUTS[kind]}." for kind in kinds]),
+        *([IN_TWO_PARTS] if set(kinds) & set(SPLIT) else []),
         *picture,
     ]
     for table in knock_out_tables(report):
@@ -302,20 +318,24 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
     rows, first = next(iter(report["probes"].values()))["rows"], intact_names(report)[0]
     parts = [
         "## Inside",
-        f"On {rows} of the questions each model was made to write the same text, {first}'s answer, and was looked at "
-        "wherever it predicts a token of it. Shaded: 95 % of resamples of these rows.",
+        f"On {_plural(rows, 'question')} each model was made to write the same text, {first}'s answer, and was looked "
+        "at wherever it predicts a token of it. Shaded: 95 % of resamples of these rows.",
         "### Where self-attention goes",
         "The share of a text token's self-attention that goes to visual tokens, a mean over heads and layers: on the "
         f"left as an answer of at least {LONG_TEXT} tokens grows, in the middle by how many text tokens there are for "
         "each visual one, on the right by layer. In the middle, dotted: what the image would get if every token got "
-        "the same. The paper bounds the share by a curve that falls like 1/t; the lines in the middle are fits of "
-        "`share = 1 / (1 + (x / half)^exponent)`, which is that curve where the exponent is 1.",
+        "the same.",
     ]
     if "attention" in pictures:
         parts.append(f"![Share of self-attention on the image]({quote(pictures['attention'])})")
     if table := attention_table(report):
-        parts += ["**Exponent**: 1 is the paper's 1/t, less is slower. **Half at**: text tokens per visual token at "
-                  "which half of the attention is on the image.", table.markdown()]  # fmt: skip
+        parts += [
+            "The paper bounds the share by a curve that falls like 1/t. The dashed lines in the middle are fits of "
+            "`share = 1 / (1 + (x / half)^exponent)`, which is that curve where the **exponent** is 1; less is "
+            "slower. **Half at**: the text tokens per visual token at which half of the attention is on the image, if "
+            "any that were looked at. An R² far below 1 says that the fit does not describe what was measured.",
+            table.markdown(),
+        ]
     if "lens" in pictures:
         parts += [
             "### When the prediction is made",
@@ -339,14 +359,15 @@ def _inside(report: dict[str, Any], pictures: dict[str, str]) -> list[str]:
         parts += [
             "### What is looked at",
             "For some tokens, about to be written: the attention of each branch over the image, and that of "
-            "self-attention (a mean over layers), each of sum 1. Strong red is much; the number is the largest share.",
+            "self-attention (a mean over layers), each of sum 1. Every map has its own scale, whose strongest red is "
+            "the share that is written above it. Beside the image is the end of the question.",
         ]
         parts += [f"![Attention over the image of {name}]({quote(file)})" for name, file in maps.items()]
     return parts
 
 
 def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join("- " + LIST_NUMBER.sub(r"\1\\\2", line) for line in lines)
 
 
 def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool, has_lengths: bool) -> str:
@@ -359,10 +380,18 @@ def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool,
     ]
     if has_lengths:
         parts.append(
-            f"**Length** is the number of tokens of {intact_names(report)[0]}'s answer, in quartiles: the same "
-            "questions for all models. Long answers with several pieces are harder for any model: compare models "
-            "within a row."
+            "**Length** is the number of tokens of the reference answer, in quartiles: the same questions for all "
+            "models. Long answers with several pieces are harder for any model: compare models within a row."
         )
+        first = intact_names(report)[0]
+        varying = [group for group, scores in report["groups"].items() if len(scores[first]["by_length"]["bins"]) > 1]
+        if by_answer := [group for group in varying if report["lengths_of"][group] == "answer"]:
+            where = "" if by_answer == ["all"] else f" ({', '.join(by_answer)})"
+            parts.append(
+                f"Where references are all about as long{where}, it is the number of tokens of {first}'s answer. "
+                f"That depends on whether {first} was right, so that such a table makes {first} look good in some "
+                "rows and bad in others: compare the other models with one another there, not with it."
+            )
     if has_distances:
         parts.append(
             "**Distance** is the number of tokens between the last visual token and the first token of the answer: "
@@ -371,9 +400,10 @@ def reading_guide(report: dict[str, Any], has_distances: bool, has_depths: bool,
     if has_depths:
         pattern = report["arguments"]["scored_pattern"]
         parts.append(
-            "**Depth** is the number of tokens that an answer has before a scored piece of it: how long the model has "
-            f"already been writing. Pieces are the matches of `{pattern}`; the k-th of the answer must be the k-th of "
-            "the reference. Only answers with more than one piece count here, and n counts pieces."
+            "**Depth** is the number of tokens that the reference has before a scored piece of it: how long a model "
+            f"that answers alike has already been writing. Pieces are the matches of `{pattern}`; the k-th of the "
+            "answer must be the text of the k-th of the reference. Only references with more than one piece count "
+            "here, and n counts pieces."
         )
         spans = [
             span
@@ -393,7 +423,7 @@ def difference_guide(first: str) -> str:
     return (
         f"Percentage points by which a model is better (+) or worse (-) than {first} on the same rows; in brackets, "
         "the range of 95% of the differences when the rows, and runs where there are several, are drawn again (paired "
-        "bootstrap). It has no width where the two agree on every row."
+        "bootstrap). It has no width where the difference is the same on every row."
     )
 
 

@@ -12,6 +12,7 @@ from .metrics import (
     AccuracyByDistance,
     AccuracyByLength,
     paired_difference,
+    quartile_bins,
     score_pieces,
 )
 from .questions import Question
@@ -59,8 +60,8 @@ def _texts(entry: Entry) -> dict[str, Any]:
     }
 
 
-def score(entry: Entry, lengths: Sequence[int], pattern: str, match: str = "exact") -> dict[str, Any]:
-    """All metrics of an entry. `lengths` `[rows]` are of the answers whose quartiles are reported."""
+def score(entry: Entry, lengths: Sequence[int], pattern: str | None, match: str = "exact") -> dict[str, Any]:
+    """All metrics of an entry. `lengths` `[rows]` are those whose quartiles are reported."""
     records, texts = [record for run in entry.records for record in run], _texts(entry)
     distances, depths = [record["distance"] for record in records], [record["depths"] for record in records]
     lengths = [*lengths] * len(entry.records)
@@ -74,7 +75,7 @@ def score(entry: Entry, lengths: Sequence[int], pattern: str, match: str = "exac
 
 
 def compare(
-    first: Entry, second: Entry, lengths: Sequence[int], bins: dict[str, list[dict[str, Any]]], pattern: str
+    first: Entry, second: Entry, lengths: Sequence[int], bins: dict[str, list[dict[str, Any]]], pattern: str | None
 ) -> dict[str, Any]:
     """
     What the second entry does better than the first on the same rows: `answers` correct, in all and in each bin of
@@ -114,11 +115,12 @@ def compare(
     }
 
 
-def score_all(entries: Sequence[Entry], pattern: str, match: str = "exact") -> dict[str, Any]:
+def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact") -> dict[str, Any]:
     """
     The measured part of the report, from nothing but the records: `overall`, `groups` and `comparisons`, those of each
     intact entry with all before it, and of what is left without something with what it was taken from. Quartiles of
-    length are those of the first entry's first answers, so that they hold the same questions for all.
+    length hold the same questions for all: they are those of the references, or, in a group whose references are all
+    about as long, of the first entry's first answers (`lengths_of` by group: "reference" or "answer").
     """
     first = entries[0].records[0]
     report: dict[str, Any] = {
@@ -126,6 +128,7 @@ def score_all(entries: Sequence[Entry], pattern: str, match: str = "exact") -> d
             entry.name: Accuracy(keep_in_memory=True).compute(**_texts(entry), match=match) for entry in entries
         },
         "groups": {},
+        "lengths_of": {},
         "comparisons": {},
     }
     pairs = [
@@ -136,7 +139,11 @@ def score_all(entries: Sequence[Entry], pattern: str, match: str = "exact") -> d
     ]
     for group in dict.fromkeys(record["group"] for record in first):
         chosen = [k for k, record in enumerate(first) if record["group"] == group]
-        lengths = [first[k]["length"] for k in chosen]
+        # What a model wrote depends on whether it was right: bins of it would compare it where it was lucky.
+        lengths = [first[k]["reference_length"] for k in chosen]
+        varies = len(quartile_bins(lengths)) > 1
+        report["lengths_of"][group] = "reference" if varies else "answer"
+        lengths = lengths if varies else [first[k]["length"] for k in chosen]
         mine = {entry.name: entry.rows(chosen) for entry in entries}
         report["groups"][group] = {name: score(entry, lengths, pattern, match) for name, entry in mine.items()}
         scores = report["groups"][group][entries[0].name]

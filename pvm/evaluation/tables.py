@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from .plots import bin_label
 
@@ -23,11 +24,11 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], alignment, *lines[1:]))
 
     def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=Text(self.title), title_justify="left")  # as it is: names may look like markup
         for k, heading in enumerate(self.header):
-            table.add_column(heading, justify="right" if k else "left")
+            table.add_column(Text(heading), justify="right" if k else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
 
@@ -61,9 +62,10 @@ def knocked_out(report: dict[str, Any], name: str) -> dict[str, str]:
     return {model["name"]: model["knock_out"] for model in report["models"] if model["intact"] == name}
 
 
-def branched(report: dict[str, Any]) -> str | None:
-    """The first entry with PVM branches, if there is one."""
-    return next((model["name"] for model in report["models"] if model["kind"] == "pvm"), None)
+def subject(report: dict[str, Any]) -> str:
+    """What the report is about: the first entry with PVM branches, else the second one, else the only one."""
+    with_branches = [model["name"] for model in report["models"] if model["kind"] == "pvm"]
+    return (with_branches or intact_names(report)[1:] or intact_names(report))[0]
 
 
 def compared(report: dict[str, Any], group: str, of: str, minus: str) -> dict[str, Any]:
@@ -207,23 +209,20 @@ def attention_table(report: dict[str, Any]) -> Table | None:
     """How fast self-attention leaves the image, by model; `None` if nothing was probed where distances vary."""
     rows = []
     for name, probes in report["probes"].items():
-        decay = probes["attention"]["decay"]
-        if decay is not None:
-            (low, high), (near, far) = decay["exponent_interval"], decay["half_interval"]
-            rows.append(
-                [
-                    name,
-                    str(probes["rows"]),
-                    f"{decay['exponent']:.2f} [{low:.2f}, {high:.2f}]",
-                    f"{decay['half']:.2f} [{near:.2f}, {far:.2f}]",
-                    f"{decay['r2']:.2f}",
-                ]
+        for group, attention in probes["attention"].items():
+            decay = attention["decay"]
+            if decay is None:
+                continue
+            (low, high), (near, far), (least, most) = (
+                decay[key] for key in ("exponent_interval", "half_interval", "observed")
             )
-    return (
-        Table("Decay of attention to the image", ["model", "rows", "exponent", "half at", "R²"], rows)
-        if rows
-        else None
-    )
+            half = f"{decay['half']:.2f} [{near:.2f}, {far:.2f}]"
+            if not least <= decay["half"] <= most:
+                half = f"below {least:.2g}" if decay["half"] < least else f"above {most:.2g}"
+            exponent = f"{decay['exponent']:.2f} [{low:.2f}, {high:.2f}]"
+            rows.append([f"{name}{of_group(group)}", str(attention["rows"]), exponent, half, f"{decay['r2']:.2f}"])
+    header = ["model", "rows", "exponent", "half at", "R²"]
+    return Table("Decay of attention to the image", header, rows) if rows else None
 
 
 def branch_table(report: dict[str, Any]) -> Table | None:

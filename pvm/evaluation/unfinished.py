@@ -21,7 +21,8 @@ class Unfinished:
         overwrite (`bool`): forget parts of another evaluation.
 
     Raises:
-        UserError: if the folder holds parts of another evaluation, or another process is at work in it.
+        UserError: if the folder holds parts of another evaluation or damaged ones, or another process is at work in
+            it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False):
@@ -36,7 +37,14 @@ class Unfinished:
                 f"Another process is evaluating into {folder.parent}. Choose another --output_dir."
             ) from error
         file = folder / "settings.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
+        before = settings
+        if file.is_file():
+            try:
+                before = self._read(file)
+            except UserError:
+                if not overwrite:
+                    raise
+                before = {}
         different = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
         if different and overwrite:
             shutil.rmtree(self.parts)
@@ -54,9 +62,14 @@ class Unfinished:
         return self.parts / f"{label}.jsonl"
 
     def load(self, label: str) -> Any:
-        """A part that is complete, or `None`."""
+        """
+        A part that is complete, or `None`.
+
+        Raises:
+            UserError: if its file is damaged.
+        """
         file = self.parts / f"{label}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return self._read(file) if file.is_file() else None
 
     def save(self, label: str, part: Any) -> None:
         """Keep a complete part."""
@@ -67,6 +80,14 @@ class Unfinished:
         """Forget everything: the report is written."""
         self._lock.release()
         shutil.rmtree(self.folder)
+
+    def _read(self, file: Path) -> Any:
+        try:
+            return json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{file} is damaged, and what it held of the evaluation is lost. Delete {self.folder} to begin anew."
+            ) from error
 
     def _write(self, file: Path, content: Any) -> None:
         # Under its name only once it is whole.
