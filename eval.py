@@ -128,7 +128,7 @@ class EvalArguments:
         default="exact",
         metadata={
             "help": "When an answer is right: it is the reference's text, whatever its case and spaces (`exact`), "
-            "chooses its option (`choice`: B, (B), The answer is B), ends with its number (`number`), or is the same "
+            "chooses its option (`choice`: B, (B), The answer is B), gives its number (`number`), or is the same "
             "mathematical object in LaTeX or plain (`math`, needs math-verify).",
             "choices": tuple(MATCHES),
         },

@@ -32,7 +32,8 @@ from .tables import (
 CORRECT = {
     "exact": "the answer is the reference answer, whatever its case, spaces and final full stop",
     "choice": "the answer chooses the option that the reference is; one that chooses none or several is wrong",
-    "number": "the number that the answer ends with is the reference's, to a ten-thousandth of it",
+    "number": 'the number that the answer gives (the first after "answer is", else its last one) is the reference\'s, '
+    "to a ten-thousandth of it",
     "math": "the answer is the reference's mathematical object, as math-verify sees it",
 }
 
