@@ -168,6 +168,8 @@ def test_paired_difference_resamples_rows_not_pieces():
         *(("The answer is B because", "B"), ("The answer is A, because", "A"), ("B is the correct answer.", "B")),
         *(('The answer is "B".', "B"), ("b.", "B"), ("(b)", "B"), ("Answer: B\n\nThe only answer that fits.", "B")),
         *(("The answer is B. Option A is wrong.", "B"), ("Option A is wrong. Option B is right.", "B")),
+        *(("Option A: x. Option B: y. So the answer should be B.", "B"), ("A is wrong.\n\n**B**", "B")),
+        *(("A. x\nB. y\nC. z", None), ("B. y\nbecause of A.", "B"), ("### Final answer:\n**B. a cat**", "B")),
         *(("It is B, not A.", None), ("The answer is A cat.", None), ("The answer is B or C.", None), ("A, B", None)),
     ],
 )
@@ -197,7 +199,11 @@ def test_the_option_that_is_chosen(text, option):
             ("10^999", "5", False),
         ),
         *(("\u22123", "3", False), ("\u22123", "-3", True), ("5-3=2", "2", True), ("2020-2021", "2021", True)),
-        *(("72 is the answer", "72", True), ("The answer is 12. The only answer possible.", "12", True)),
+        *(
+            ("72 is the answer", "72", True),
+            ("**Answer**: 12 of 15", "12", True),
+            ("The answer is 12. The only answer possible.", "12", True),
+        ),
         *(("The answer is 12 (see figure 3).", "12", True), ("The answer is 3 + 4 = 7", "7", True)),
         *(
             ("50%", "50", True),

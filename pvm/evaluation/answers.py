@@ -9,13 +9,14 @@ from ..errors import UserError
 # What an answer's final statement looks like; the last one counts.
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 STYLE = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
-STATED = re.compile(r"\banswer\b(?:\s*[:=]|\s+is\b)[\s:=]*", re.IGNORECASE)
+IS = r"(?:\s*[:=]|\s+(?:is|should be|must be|would be)\b)[\s:=]*"
+STATED = re.compile(rf"\banswer\b{IS}", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 
 # An option is a capital letter by itself; the A of "A cat" is none.
 QUOTES = str.maketrans("", "", "*_`\"'“”‘’")  # noqa: RUF001
 LETTER = r"(?:\(([A-Z])\)|([A-Z])(?![\w-])(?!(?<=[AI])\s+(?!(?:because|since|as|and|or|is)\b)\w))"
-CHOSEN = re.compile(rf"\b(?i:answer|option|choice)\b(?:\s*[:=]|\s+is\b)[\s:=]*(?:(?i:option|choice)\s+)?{LETTER}")
+CHOSEN = re.compile(rf"\b(?i:answer|option|choice)\b{IS}(?:(?i:option|choice)\s+)?{LETTER}")
 PRAISED = re.compile(rf"(?<!\w){LETTER}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 AT_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])(?=[.:)]|\s*\n|\s*$)")
 ANYWHERE = re.compile(r"\(([A-Z])\)|(?<!\w)([A-Z])(?=[.:),]|\s*$)")
@@ -51,7 +52,7 @@ def final_statement(text: str) -> str | None:
     """What a text says its answer is: in the last `\\boxed{}`, else the rest of the sentence after "answer is"."""
     if boxed := BOXED.findall(text):
         return STYLE.sub(r"\1", boxed[-1])
-    parts = STATED.split(text)
+    parts = STATED.split(text.replace("**", ""))
     return SENTENCE_END.split(parts[-1])[0] if len(parts) > 1 else None
 
 
@@ -63,14 +64,16 @@ def chosen_option(text: str) -> str | None:
     if boxed := BOXED.findall(text):
         text = STYLE.sub(r"\1", boxed[-1])
     text = text.translate(QUOTES).strip()
-    alone = re.fullmatch(r"(?:.*\banswer\s*(?:is|:|=)\s*)?\(?([A-Za-z])\)?[.)]?", text, re.IGNORECASE | re.DOTALL)
-    if alone:
+    if alone := re.search(rf"(?:\A|\n\s*|\banswer{IS})\(?([A-Za-z])\)?[.)]?\Z", text, re.IGNORECASE):
         return alone[1].upper()
     for pattern in (CHOSEN, PRAISED):
         if stated := list(pattern.finditer(text)):
             return None if ONE_MORE.match(text, stated[-1].end()) else _letter(stated[-1])
     if first := AT_FIRST.match(text):
-        return _letter(first)
+        line, *others = text[first.end() :].split("\n")
+        listed = {_letter(found) for other in others if (found := AT_FIRST.match(other.strip()))}
+        # "B. a dog" is a choice, and a list of all options is none.
+        return None if line.strip(" .:)") and listed - {_letter(first)} else _letter(first)
     letters = {_letter(found) for found in ANYWHERE.finditer(text)}
     return letters.pop() if len(letters) == 1 else None
 
