@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# Python compiles what it imports; to compile all of torch beforehand takes longer than to install it.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 # lmms-eval cannot be installed beside what the other tests need: requirements-lmms.txt says why.
 LMMS_VENV ?= $(VENV)-lmms
@@ -67,13 +69,13 @@ benchmarks: $(INSTALLED)
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(VENV)/bin/pip install $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@
 
 $(LMMS_INSTALLED): requirements.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(LMMS_VENV)
-	$(LMMS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt pytest
-	$(LMMS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-lmms.txt
+	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.txt pytest
+	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-lmms.txt
 	@touch $@
 
 data/digits/test.parquet:

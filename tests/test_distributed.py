@@ -72,8 +72,9 @@ def assert_same_weights(actual: Path, expected: Path, atol: float):
         torch.testing.assert_close(ours[key], weight, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("config", "method"), [("ddp", "pvm"), ("ddp", "pvm+lora"), *(("fsdp2", method) for method in METHODS)]
+)
 def test_two_processes_learn_what_one_does(base, conversations, alone, tmp_path, config, method):
     output = finish(launch(config, base, conversations, tmp_path / "run", *FLAGS, *METHODS[method]))
     expected = alone(method)

@@ -75,7 +75,8 @@ def test_a_study(base, conversations, tmp_path, capsys):
 
 
 def test_a_training_that_fails_is_named(base, conversations, tmp_path):
-    file = recipe(tmp_path, base, tmp_path / "nothing")
+    methods = {"PVM": {"method": "pvm", "pvm_hidden_size": 32, "learning_rates": [1.0e-3]}}
+    file = recipe(tmp_path, base, tmp_path / "nothing", methods=methods)
     with pytest.raises(UserError, match=r"seed_0 ended with an error, see .*\.log: train\.py: error"):
         study_module.main(["--config", str(file)])
 
