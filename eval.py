@@ -41,20 +41,19 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from pvm.evaluation.answering import answer
-from pvm.evaluation.answers import MATCHES
+from pvm.evaluation.matching import MATCHES
 from pvm.arguments import parse_arguments, refuse_flags
-from pvm.evaluation.benchmarks import BenchmarkArguments, run_benchmarks
-from pvm.checkpoints import (
+from pvm.lmms.run import BenchmarkArguments, run_benchmarks
+from pvm.checkpoints.loading import (
     Checkpoint,
     branch_layers,
     checkpoint_kind,
     checkpoint_state,
     load_checkpoint,
     processor_of,
-    processor_state,
 )
 from pvm.errors import UserError
-from pvm.evaluation.knockouts import (
+from pvm.evaluation.ablations import (
     KNOCK_OUTS,
     NEEDS_BRANCHES,
     NEEDS_MEMORY,
@@ -63,15 +62,16 @@ from pvm.evaluation.knockouts import (
     knock_outs,
     refuse_videos,
 )
-from pvm.methods import public_name
 from pvm.evaluation.page import html_page
 from pvm.evaluation.plots import draw_all
-from pvm.evaluation.probes import choose_rows, probe, summarise
+from pvm.evaluation.diagnostics import choose_rows, probe, summarise
 from pvm.evaluation.questions import Prompts, answer_limit, check_references, piece_depths, read_questions
 from pvm.evaluation.report import checkpoint_lines, findings, markdown_report, remarks, rich_tables
 from pvm.evaluation.scoring import Entry, make_records, score_all
-from pvm.sources import Conversations, load_conversations
+from pvm.data.sources import Conversations, load_conversations
 from pvm.evaluation.unfinished import Unfinished
+from pvm.checkpoints.names import public_name
+from pvm.data.encoding import processor_state
 from pvm.variants import VARIANTS, WITH_MEMORY
 
 

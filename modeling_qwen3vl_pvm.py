@@ -383,6 +383,11 @@ class Qwen3VLPVMBlock(nn.Module):
         return (self.gate_alpha * expanded).to(hidden_states.dtype)
 
 
+def pvm_blocks(model: nn.Module) -> dict[int, Qwen3VLPVMBlock]:
+    """The branches of a model by decoder layer; empty for a stock one. The last of peft's two copies trains."""
+    return {m.cross_attn.layer_idx: m for m in model.modules() if isinstance(m, Qwen3VLPVMBlock)}
+
+
 class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
     """A stock decoder layer with a branch beside its FFN."""
 
@@ -606,7 +611,7 @@ class Qwen3VLPVMPreTrainedModel(Qwen3VLPreTrainedModel):
         if self._hf_peft_config_loaded:
             raise ValueError(
                 "The model holds a PEFT adapter, and transformers would save that alone, without the branches. Merge "
-                "it first: `python -m pvm.convert CHECKPOINT FOLDER --to full` does."
+                "it first: `python -m pvm convert CHECKPOINT FOLDER --to full` does."
             )
         if adapter_only:
             base = config.base_model_name_or_path

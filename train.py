@@ -30,15 +30,16 @@ from rich.table import Table
 from transformers import set_seed
 
 from pvm.arguments import parse_arguments
-from pvm.callbacks import AllLoaded, StopBeforeTraining
-from pvm.checkpoints import load_processor
-from pvm.checks import load_training_data
-from pvm.data import ConversationCollator
+from pvm.training.callbacks import AllLoaded, StopBeforeTraining
+from pvm.checkpoints.loading import load_processor
+from pvm.data.validation import load_training_data
+from pvm.data.encoding import ConversationCollator
 from pvm.errors import UserError, user_errors
-from pvm.methods import ModelArguments, count_parameters, load_model, model_config
-from pvm.resume import find_checkpoint, is_over, run_settings
-from pvm.sources import DataArguments
-from pvm.trainer import PVMTrainer, PVMTrainingArguments
+from pvm.training.methods import ModelArguments, load_model, model_config
+from pvm.training.resume import find_checkpoint, is_over, run_settings
+from pvm.data.sources import DataArguments
+from pvm.checkpoints.record import count_parameters
+from pvm.training.trainer import PVMTrainer, PVMTrainingArguments
 
 
 def parameter_table(model) -> Table:
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     if training_args.push_to_hub and Path(settings["base_model"]).is_dir():
         raise UserError(
             f"--push_to_hub with the base {name}, a folder that nobody else has: give its name on the Hub with "
-            "--base_model_id, or train without pushing and make a whole checkpoint of it (python -m pvm.convert)."
+            "--base_model_id, or train without pushing and make a whole checkpoint of it (python -m pvm convert)."
         )
     checkpoint = None if data_args.dry_run else find_checkpoint(training_args, settings)
     # Text alone gives the vision tower no gradient.

@@ -16,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table
-from pvm.methods import LORA_TARGETS, count_parameters
-from pvm.trainer import loss_of_predictions, predictions
+from pvm.checkpoints.record import count_parameters
+from pvm.training.methods import LORA_TARGETS
+from pvm.training.trainer import loss_of_predictions, predictions
 
 
 WARM_UP = 1

@@ -20,7 +20,7 @@ from benchmarks.common import SHAPES, branches, build, print_table
 from benchmarks.training import batch_of, saved_bytes
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, default_pvm_layers
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.methods import LORA_TARGETS
+from pvm.training.methods import LORA_TARGETS
 
 
 # Vision towers of the released models.

@@ -1,6 +1,6 @@
 """What train.py and eval.py share."""
 
-from .torchvision_fallback import import_torchvision
+from pvm.torchvision_fallback import import_torchvision
 
 
 import_torchvision()

@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .errors import REFUSALS, UserError
+from pvm.errors import REFUSALS, UserError
 
 
 def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:

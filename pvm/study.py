@@ -22,8 +22,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
-from .errors import UserError
-from .methods import METHODS
+from pvm.errors import UserError
+from pvm.training.methods import METHODS
 
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py and eval.py are

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.methods import LORA_TARGETS
-from pvm.trainer import PVMTrainer, PVMTrainingArguments
+from pvm.training.methods import LORA_TARGETS
+from pvm.training.trainer import PVMTrainer, PVMTrainingArguments
 
 
 BATCH = tiny.inputs(*tiny.BATCHES["mixed rows"])

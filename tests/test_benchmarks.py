@@ -15,12 +15,12 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import eval as eval_script
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.checkpoints import load_checkpoint
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.loading import load_checkpoint
 from pvm.errors import UserError
-from pvm.evaluation.benchmark_report import compare, t_interval
-from pvm.evaluation.benchmarks import PAPER, task_names
-from pvm.methods import LORA_TARGETS, pvm_blocks
+from pvm.lmms.report import compare, t_interval
+from pvm.lmms.run import PAPER, task_names
+from pvm.training.methods import LORA_TARGETS
 
 
 lmms_eval = pytest.importorskip("lmms_eval")
@@ -29,7 +29,7 @@ from lmms_eval.models.chat.qwen3_vl import Qwen3_VL  # noqa: E402
 from lmms_eval.models.registry_v2 import ModelRegistryV2  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
 
-from pvm.evaluation.lmms import Qwen3VLPVM  # noqa: E402
+from pvm.lmms.model import Qwen3VLPVM  # noqa: E402
 
 
 QUESTIONS = 8

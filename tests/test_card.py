@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import eval as eval_script
-from pvm import card
+from pvm.checkpoints import card
+from pvm.checkpoints.names import public_name
+from pvm.checkpoints.push import checkpoint_files
 from pvm.errors import UserError
-from pvm.hub import checkpoint_files
-from pvm.methods import public_name
 from training import PVM, run
 
 

@@ -14,8 +14,8 @@ from transformers import Qwen3VLForConditionalGeneration
 import tiny
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm import convert
-from pvm.checkpoints import load_checkpoint
+from pvm.checkpoints import convert
+from pvm.checkpoints.loading import load_checkpoint
 from pvm.errors import UserError
 from training import PVM, ROOT, run
 
@@ -192,8 +192,8 @@ def test_an_interrupted_conversion_leaves_nothing(adapter, tmp_path, monkeypatch
 
 
 def test_as_a_command(adapter, tmp_path):
-    command = [sys.executable, "-m", "pvm.convert", str(adapter), str(adapter), "--to", "full"]
+    command = [sys.executable, "-m", "pvm.checkpoints.convert", str(adapter), str(adapter), "--to", "full"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("pvm.convert: error: ")
+    assert result.stderr.strip().splitlines()[-1].startswith("pvm convert: error: ")
     shutil.rmtree(adapter)

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import eval as eval_script
-import pvm.data
+import pvm.data.encoding
 import train
-from pvm import checks
-from pvm.checks import check_rows, load_training_data
-from pvm.data import ConversationCollator, ConversationDataset, ConversationEncoder, ConversationStream
+from pvm.data import validation as checks
+from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder, ConversationStream
+from pvm.data.forms import Conversation, to_conversation
+from pvm.data.sources import Conversations, DataArguments, Mixture, load_conversations, load_streams, read_streams
+from pvm.data.validation import check_rows, load_training_data
 from pvm.errors import UserError
-from pvm.formats import Conversation, to_conversation
-from pvm.sources import Conversations, DataArguments, Mixture, load_conversations, load_streams, read_streams
-from pvm.trainer import PVMTrainingArguments
+from pvm.training.trainer import PVMTrainingArguments
 
 
 BACKBONE = Path(__file__).parents[1] / "assets" / "digits-backbone"
@@ -347,7 +347,7 @@ def test_parquet_embeds_images_and_json_names_them(media, tmp_path):
     )
     Dataset.from_list([row], features=features).to_parquet(tmp_path / "train.parquet")
     (embedded,) = load_conversations(str(tmp_path), "train")[0].images
-    assert embedded["bytes"] and pvm.data.read_image(embedded).tobytes() == row["images"][0].tobytes()
+    assert embedded["bytes"] and pvm.data.encoding.read_image(embedded).tobytes() == row["images"][0].tobytes()
     (named,) = load_conversations(write(media, "one.jsonl", rows_of(2)), "train")[1].images
     assert named == {"path": str(media / "1.png"), "bytes": None}
 
@@ -502,7 +502,7 @@ def test_without_pyav_a_run_with_videos_stops(processor, media, tmp_path, monkey
     def fail(*_):
         raise ImportError("no module named av")
 
-    monkeypatch.setattr(pvm.data, "read_video_pyav", fail)
+    monkeypatch.setattr(pvm.data.encoding, "read_video_pyav", fail)
     name = write(media, "video.jsonl", problem_rows()[8:])
     with pytest.raises(UserError, match="pip install av"):
         load(DataArguments([name], max_skipped=1.0), processor, tmp_path)
@@ -727,7 +727,7 @@ def test_a_stream_skips_and_names_bad_rows(processor, media, tmp_path):
 
 
 def test_a_stream_is_watched_before_its_end(processor, media, tmp_path, monkeypatch):
-    monkeypatch.setattr(pvm.data, "WATCH_AFTER", 4)
+    monkeypatch.setattr(pvm.data.encoding, "WATCH_AFTER", 4)
     name = write(media, "problems.jsonl", problem_rows())
     with pytest.raises(UserError, match="3 of the first 4 rows"):
         take(stream([name], processor, tmp_path, max_length=100), 2)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from pvm.checkpoints import load_checkpoint
-from pvm.data import ConversationCollator, ConversationDataset
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.encoding import ConversationCollator, ConversationDataset
+from pvm.data.sources import Conversations
 from pvm.digits import data, world
 from pvm.digits.backbone import build_tokenizer
-from pvm.sources import Conversations
 
 
 BACKBONE = Path(__file__).parent.parent / "assets" / "digits-backbone"

@@ -16,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
-from pvm.checkpoints import load_checkpoint
+from pvm.checkpoints.loading import load_checkpoint
 from training import PVM, ROOT, losses, run, start, weights
 
 

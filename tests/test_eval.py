@@ -27,8 +27,10 @@ from transformers import (
 
 import eval as eval_script
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.checkpoints import checkpoint_kind, load_checkpoint, processor_state
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.loading import checkpoint_kind, load_checkpoint
+from pvm.data.encoding import processor_state
+from pvm.data.sources import load_conversations
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.evaluation import questions as questions_module
@@ -36,8 +38,7 @@ from pvm.evaluation.answering import answer, make_batches, read_journal
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
 from pvm.evaluation.unfinished import Unfinished
-from pvm.methods import LORA_TARGETS, pvm_blocks
-from pvm.sources import load_conversations
+from pvm.training.methods import LORA_TARGETS
 
 
 REFERENCE_CASE = Path(__file__).parent / "reference_case"

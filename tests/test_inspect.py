@@ -1,4 +1,4 @@
-"""What `python -m pvm.inspect` says of checkpoints of every kind, and of broken ones."""
+"""What `python -m pvm inspect` says of checkpoints of every kind, and of broken ones."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ import tiny
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from hub_server import serve
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm import convert
+from pvm.checkpoints import convert
+from pvm.checkpoints.inspect import inspect, main, show
 from pvm.errors import UserError
-from pvm.inspect import inspect, main, show
 from training import PVM, ROOT, run
 
 
@@ -158,7 +158,7 @@ def test_on_the_hub(base, conversations, tmp_path):
         push = "from huggingface_hub import HfApi; import sys; HfApi().create_repo('me/pvm'); "
         push += "HfApi().upload_folder(repo_id='me/pvm', folder_path=sys.argv[1])"
         subprocess.run([sys.executable, "-c", push, str(whole)], env=environment, check=True, capture_output=True)
-        command = [sys.executable, "-m", "pvm.inspect", "me/pvm", "--json"]
+        command = [sys.executable, "-m", "pvm.checkpoints.inspect", "me/pvm", "--json"]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         downloads = [request for request in hub.requests if "/object/" in request]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.errors import UserError
-from pvm.trainer import STAGING, PVMTrainer
+from pvm.training.trainer import STAGING, PVMTrainer
 from training import PVM, ROOT, losses, run, start, weights
 
 

@@ -9,13 +9,13 @@ from PIL import Image
 
 import eval as eval_script
 import tiny
-from pvm.checkpoints import load_checkpoint
-from pvm.data import read_image
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.encoding import read_image
+from pvm.data.sources import load_conversations
 from pvm.errors import UserError
+from pvm.evaluation.ablations import KNOCK_OUTS, ChangedImages, KnockOut, generate_split, knock_outs
 from pvm.evaluation.answering import answer
-from pvm.evaluation.knockouts import KNOCK_OUTS, ChangedImages, KnockOut, generate_split, knock_outs
 from pvm.evaluation.questions import Prompts
-from pvm.sources import load_conversations
 from training import PVM, run
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pvm.errors import UserError
-from pvm.evaluation.answers import MATCHES, chosen_option, is_exact_match, is_same_math, is_same_number, is_same_option
+from pvm.evaluation.matching import (
+    MATCHES,
+    chosen_option,
+    is_exact_match,
+    is_same_math,
+    is_same_number,
+    is_same_option,
+)
 from pvm.evaluation.metrics import (
     Accuracy,
     AccuracyByDepth,

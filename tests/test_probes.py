@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from pvm.checkpoints import load_checkpoint
-from pvm.evaluation.probes import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
+from modeling_qwen3vl_pvm import pvm_blocks
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.sources import load_conversations
+from pvm.evaluation.diagnostics import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
 from pvm.evaluation.questions import Prompts, Question
 from pvm.evaluation.tables import attention_table
-from pvm.methods import pvm_blocks
-from pvm.sources import load_conversations
 from training import PVM, run
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file, save_file
 
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from hub_server import HubServer, serve
-from pvm.checkpoints import load_checkpoint
+from pvm.checkpoints.loading import load_checkpoint
 from training import PVM, ROOT, arguments
 
 
@@ -172,7 +172,7 @@ def test_evaluations_take_the_base_that_was_trained_on_and_know_commits_apart(
     finish(train(hub, conversations, tmp_path, *flags, "--hub_strategy", "end"))
     script = f"""
 import json
-from pvm.checkpoints import checkpoint_state, load_checkpoint
+from pvm.checkpoints.loading import checkpoint_state, load_checkpoint
 import torch
 from PIL import Image
 {QUESTION}

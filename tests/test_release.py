@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import tiny
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.inspect import inspect
+from pvm.checkpoints.inspect import inspect
 
 
 RELEASES = sorted(Path(__file__).parent.glob("release_*/"))

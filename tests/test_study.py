@@ -9,11 +9,11 @@ import yaml
 import eval as eval_script
 from pvm import study as study_module
 from pvm.arguments import parse_arguments
+from pvm.data.sources import DataArguments
 from pvm.errors import UserError
-from pvm.methods import ModelArguments
-from pvm.sources import DataArguments
 from pvm.study import Run, Study, choose
-from pvm.trainer import PVMTrainingArguments
+from pvm.training.methods import ModelArguments
+from pvm.training.trainer import PVMTrainingArguments
 
 
 def recipe(tmp_path: Path, base: Path, conversations: Path, **changes) -> Path:

@@ -16,13 +16,13 @@ from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGener
 
 import train
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, default_pvm_layers
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.arguments import parse_arguments
-from pvm.checkpoints import load_checkpoint
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.sources import DataArguments
 from pvm.errors import UserError
-from pvm.methods import ModelArguments, load_model, pvm_blocks
-from pvm.sources import DataArguments
-from pvm.trainer import MASTER_WEIGHTS, PVMTrainer, PVMTrainingArguments
+from pvm.training.methods import ModelArguments, load_model
+from pvm.training.trainer import MASTER_WEIGHTS, PVMTrainer, PVMTrainingArguments
 from training import PVM, ROOT, run, weights
 
 

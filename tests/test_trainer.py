@@ -11,13 +11,14 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 import tiny
 from benchmarks.training import saved_bytes
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
-from pvm.checkpoints import checkpoint_kind, load_checkpoint
-from pvm.data import ConversationCollator, ConversationDataset
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.loading import checkpoint_kind, load_checkpoint
+from pvm.checkpoints.record import count_parameters
+from pvm.data.encoding import ConversationCollator, ConversationDataset
+from pvm.data.sources import load_conversations
 from pvm.errors import UserError
-from pvm.methods import METHODS, ModelArguments, count_parameters, load_model, pvm_blocks
-from pvm.sources import load_conversations
-from pvm.trainer import LORA_FOLDER, PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
+from pvm.training.methods import METHODS, ModelArguments, load_model
+from pvm.training.trainer import LORA_FOLDER, PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
 from pvm.variants import ParallelMLPConfig, ParallelMLPForConditionalGeneration
 from training import PVM, losses, run
 

@@ -10,8 +10,8 @@ from transformers import AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import tiny
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.methods import ModelArguments, load_model, pvm_blocks
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.training.methods import ModelArguments, load_model
 
 
 @pytest.fixture(scope="module")

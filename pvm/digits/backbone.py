@@ -23,7 +23,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from . import world
+from pvm.digits import world
 
 
 SPECIAL_TOKENS = (

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from tqdm import tqdm
 
-from . import world
+from pvm.digits import world
 
 
 FEATURES = Features(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoints import Checkpoint
-from ..data import ConversationCollator
-from .knockouts import SPLIT, KnockOut, generate_split
-from .questions import Prompts
+from pvm.checkpoints.loading import Checkpoint
+from pvm.data.encoding import ConversationCollator
+from pvm.evaluation.ablations import SPLIT, KnockOut, generate_split
+from pvm.evaluation.questions import Prompts
 
 
 @dataclass

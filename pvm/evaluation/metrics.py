@@ -15,7 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from .answers import MATCHES, normalise
+from pvm.evaluation.matching import MATCHES, normalise
 
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval

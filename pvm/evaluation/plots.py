@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from ..data import read_image
-from ..sources import Conversations
+from pvm.data.encoding import read_image
+from pvm.data.sources import Conversations
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart too; markers differ as well.

@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import ConversationDataset
-from ..errors import UserError
-from ..formats import message_text
-from ..sources import Conversations
-from .answers import MATCHES
+from pvm.data.encoding import ConversationDataset
+from pvm.data.forms import message_text
+from pvm.data.sources import Conversations
+from pvm.errors import UserError
+from pvm.evaluation.matching import MATCHES
 
 
 ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least

@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 from rich.table import Table as RichTable
 
-from .knockouts import KNOCK_OUTS, SPLIT
-from .plots import bin_label
-from .probes import LONG_TEXT
-from .tables import (
+from pvm.evaluation.ablations import KNOCK_OUTS, SPLIT
+from pvm.evaluation.diagnostics import LONG_TEXT
+from pvm.evaluation.plots import bin_label
+from pvm.evaluation.tables import (
     attention_table,
     branch_table,
     compared,

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .answering import Answer
-from .answers import MATCHES
-from .metrics import (
+from pvm.evaluation.answering import Answer
+from pvm.evaluation.matching import MATCHES
+from pvm.evaluation.metrics import (
     Accuracy,
     AccuracyByDepth,
     AccuracyByDistance,
@@ -15,7 +15,7 @@ from .metrics import (
     quartile_bins,
     score_pieces,
 )
-from .questions import Question
+from pvm.evaluation.questions import Question
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .plots import bin_label
+from pvm.evaluation.plots import bin_label
 
 
 @dataclass

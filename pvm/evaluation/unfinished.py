@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import UserError
+from pvm.errors import UserError
 
 
 class Unfinished:

@@ -13,13 +13,13 @@ from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..checkpoints import load_checkpoint
-from ..errors import UserError
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.errors import UserError
 
 
 class Qwen3VLPVM(Qwen3_VL):
     """
-    A stock Qwen3-VL, a PVM checkpoint, its control or a PEFT adapter, loaded by [`pvm.checkpoints.load_checkpoint`].
+    A stock Qwen3-VL, a PVM checkpoint, its control or a PEFT adapter, loaded by [`load_checkpoint`].
 
     Args:
         pretrained (`str`): folder or Hub name.

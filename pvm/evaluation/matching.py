@@ -3,7 +3,7 @@
 import math
 import re
 
-from ..errors import UserError
+from pvm.errors import UserError
 
 
 # What an answer's final statement looks like; the last one counts.

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoints import Checkpoint
-from ..data import ConversationCollator
-from ..methods import pvm_blocks
-from .knockouts import read_images
-from .metrics import draws, mean_interval
-from .questions import Prompts, Question
+from modeling_qwen3vl_pvm import pvm_blocks
+from pvm.checkpoints.loading import Checkpoint
+from pvm.data.encoding import ConversationCollator
+from pvm.evaluation.ablations import read_images
+from pvm.evaluation.metrics import draws, mean_interval
+from pvm.evaluation.questions import Prompts, Question
 
 
 PROBED_TOKENS = 512  # of a text, at most

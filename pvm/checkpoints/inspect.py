@@ -1,8 +1,8 @@
 """
 Say what a checkpoint is, here or on the Hub, without loading its base or any model:
 
-    python -m pvm.inspect runs/digits_pvm
-    python -m pvm.inspect YOUR_NAME/qwen3-vl-8b-pvm --revision main --json
+    python -m pvm inspect runs/digits_pvm
+    python -m pvm inspect YOUR_NAME/qwen3-vl-8b-pvm --revision main --json
 
 Printed are its kind, base, layers, gates, how it was trained, its files with their SHA-256, and what is wrong with it.
 The exit status is 1 if something is.
@@ -32,10 +32,10 @@ from transformers.utils import CONFIG_NAME
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import MAX_GATE
 
-from .card import RECORD
-from .checkpoints import MODEL_CLASS, checkpoint_kind
-from .errors import UserError
-from .variants import VARIANTS
+from pvm.checkpoints.loading import MODEL_CLASS, checkpoint_kind
+from pvm.errors import UserError
+from pvm.checkpoints.record import RECORD
+from pvm.variants import VARIANTS
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -302,7 +302,7 @@ def _short(value: Any) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser("python -m pvm.inspect", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m pvm inspect", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="Folder or Hub name.")
     parser.add_argument("--revision", default="main", help="Branch, tag or commit on the Hub.")
     parser.add_argument("--json", action="store_true", help="Print everything as JSON.")
@@ -320,4 +320,4 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, StrictDataclassError, OSError, json.JSONDecodeError) as error:
-        sys.exit(f"pvm.inspect: error: {error}")
+        sys.exit(f"pvm inspect: error: {error}")

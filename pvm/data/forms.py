@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from pvm.errors import UserError
 
 
 MEDIA = {"image": "images", "video": "videos"}  # type of a part: its column; the singular is a column's name, too

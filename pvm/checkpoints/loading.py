@@ -23,11 +23,10 @@ from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-
-from .errors import UserError
-from .methods import load_weights, pvm_blocks, stored_config
-from .variants import VARIANTS
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.names import stored_config
+from pvm.errors import UserError
+from pvm.variants import VARIANTS
 
 
 MODEL_CLASS = {
@@ -198,6 +197,28 @@ def load_checkpoint(path: str, dtype: str = "auto", revision: str = "main") -> C
     return Checkpoint(model.eval(), processor, description)
 
 
+def load_weights(
+    model_class: type[PreTrainedModel], name: str, **kwargs
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """
+    `model_class.from_pretrained`, with what it misses or did not expect.
+
+    Raises:
+        UserError: if the weights do not fit the config, or the class refuses them.
+    """
+    try:
+        return model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except (ImportError, ValueError) as error:  # how our model refuses a checkpoint, in a sentence
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"The weights in {name} are of other shapes than its config.json says; the report above names them. They "
+            "do not belong together: get the complete checkpoint again."
+        ) from error
+
+
 def _load_adapter(path: str, dtype: str, revision: str) -> Checkpoint:
     config = PeftConfig.from_pretrained(path, revision=revision)
     base_path, base_revision = base_of(path, revision)
@@ -278,12 +299,3 @@ def _describe(
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
     )
-
-
-def processor_state(processor: ProcessorMixin) -> str:
-    """Everything that decides what a processor makes of a row: two with the same state give the same inputs."""
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    # What was asked for in the last call, before the tokenizer was saved or since; every call sets it anew.
-    del tokenizer["padding"], tokenizer["truncation"]
-    template = processor.chat_template or processor.tokenizer.chat_template
-    return json.dumps([processor.to_dict(), processor.image_processor.to_dict(), tokenizer, template], default=str)

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetInfo, Features, GeneratorBasedBuilder, IterableDataset, SplitGenerator, Value
 from datasets.fingerprint import Hasher
 
-from .errors import UserError
+from pvm.errors import UserError
 
 
 JSON_ROW = Features({"file": Value("string"), "line": Value("int64"), "json": Value("string")})

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..checkpoints import checkpoint_state
-from ..errors import REFUSALS, UserError
-from ..methods import public_name
-from .benchmark_report import compare, markdown_report, results_table, runs_table
-from .report import checkpoint_lines
+from pvm.checkpoints.loading import checkpoint_state
+from pvm.checkpoints.names import public_name
+from pvm.errors import REFUSALS, UserError
+from pvm.evaluation.report import checkpoint_lines
+from pvm.lmms.report import compare, markdown_report, results_table, runs_table
 
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from lmms_eval.api.task import Task
 
-    from .lmms import Qwen3VLPVM
+    from pvm.lmms.model import Qwen3VLPVM
 
 
 INSTALL = "pip install -r requirements-lmms.txt"
@@ -306,7 +306,7 @@ def run_all(
     Returns:
         `dict`: by task and model, the runs in the order of their seeds.
     """
-    from .lmms import Qwen3VLPVM
+    from pvm.lmms.model import Qwen3VLPVM
 
     common = {**asdict(settings), "versions": versions(), "task_files": task_fingerprint(flags.task_path)}
     seeds = range(flags.seed, flags.seed + flags.runs)

@@ -25,14 +25,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_
 from transformers.utils import logging
 
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock
-
-from .callbacks import BranchGradients, StopOnSigterm, whole
-from .card import write_card, write_record
-from .data import IGNORE_INDEX, ConversationStream
-from .errors import UserError, user_errors
-from .hub import push
-from .methods import PEFT_ORIGINAL, pvm_blocks
+from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, pvm_blocks
+from pvm.checkpoints.card import write_card
+from pvm.checkpoints.push import push
+from pvm.checkpoints.record import PEFT_ORIGINAL, write_record
+from pvm.data.encoding import IGNORE_INDEX, ConversationStream
+from pvm.errors import UserError, user_errors
+from pvm.training.callbacks import BranchGradients, StopOnSigterm, whole
 
 
 logger = logging.get_logger(__name__)

@@ -3,36 +3,31 @@ The record of a training and the model card that is made of it, of the weights a
 
 train.py writes both with every save. After an evaluation, put its results into the card:
 
-    python -m pvm.card runs/digits_pvm --report runs/digits_eval/report.json
+    python -m pvm card runs/digits_pvm --report runs/digits_eval/report.json
 """
 
 import json
 import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerState
 from transformers.utils import CONFIG_NAME
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from pvm.checkpoints.names import public_name
+from pvm.checkpoints.record import RECORD
+from pvm.errors import UserError
+from pvm.evaluation.report import checkpoint_lines, difference_guide, remarks
+from pvm.evaluation.tables import difference_table, distance_table, intact_names, overall_table
+from pvm.variants import VARIANTS
 
-from .errors import UserError
-from .evaluation.report import checkpoint_lines, difference_guide, remarks
-from .evaluation.tables import difference_table, distance_table, intact_names, overall_table
-from .methods import count_parameters, public_name
-from .variants import VARIANTS
 
-
-RECORD, CARD, TEMPLATE = "training.json", "README.md", Path(__file__).with_name("model_card.md")
+CARD, TEMPLATE = "README.md", Path(__file__).with_name("model_card.md")
 PICTURE = "results.png"
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
 METHODS = {
     "pvm": "PVM branches, trained in a frozen backbone",
     "pvm+lora": "PVM branches and LoRA adapters of the language model, trained together",
@@ -48,52 +43,6 @@ LIMITS = """\
 - What was measured is above; nothing is known of other data, languages, lengths or kinds of image. The figures of the
   paper are those of its authors' checkpoints.
 - {class_note}"""
-
-
-def write_record(
-    folder: Path, model: PreTrainedModel | PeftModel, settings: dict[str, Any] | None, state: TrainerState
-) -> None:
-    """
-    Write training.json: what was trained, on what and how, without paths of this machine.
-
-    Args:
-        settings (`dict`, *optional*): [`run_settings`].
-    """
-    settings = settings or {}
-    total = count_parameters(model)[-1]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    names = settings.get("dataset_name", [])
-    weights = settings.get("dataset_weights") or [None] * len(names)
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    base, revision = settings.get("base_model"), settings.get("base_revision")
-    if isinstance(model.config, Qwen3VLPVMConfig):  # which may be made from another checkpoint with branches
-        base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
-    on_hub = base is not None and public_name(base)["on_hub"]
-    record = {
-        "method": settings.get("method"),
-        "base_model": base if on_hub else None,
-        "base_revision": revision if on_hub else None,
-        "datasets": [{**public_name(name), "weight": weight} for name, weight in zip(names, weights)],
-        "step": state.global_step,
-        "steps": state.max_steps,
-        "epochs": None if state.epoch is None else round(state.epoch, 3),
-        "last_loss": losses[-1] if losses else None,
-        "trained_parameters": total.trainable,
-        "all_parameters": total.total,
-        "arguments": {key: settings[key] for key in RECIPE if key in settings},
-        "hardware": f"{settings.get('num_processes', 1)} x {device}",
-        "versions": {package: version(package) for package in PACKAGES},
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-# Of a run's settings, those that make its recipe.
-RECIPE = (
-    *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
-    *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
-    "seed",
-)
 
 
 def write_card(
@@ -159,7 +108,7 @@ def _summary(record: dict, mark: dict, base: str | None, is_part: bool) -> str:
 
 def _loading(kind: str | None, is_part: bool, name: str) -> str:
     if kind in VARIANT_TYPES:
-        return f'from pvm.checkpoints import load_checkpoint\n\ncheckpoint = load_checkpoint("{name}")'
+        return f'from pvm.checkpoints.loading import load_checkpoint\n\ncheckpoint = load_checkpoint("{name}")'
     code = ", trust_remote_code=True" if kind == Qwen3VLPVMConfig.model_type else ""
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
@@ -284,7 +233,7 @@ def _results(entry: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser("python -m pvm.card", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m pvm card", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="Folder of a checkpoint, in which the card is written.")
     parser.add_argument("--report", type=Path, nargs="*", default=[], help="report.json of evaluations by eval.py.")
     parser.add_argument("--name", help="What the card calls it, e.g. YOUR_NAME/REPOSITORY; the folder's by default.")
@@ -316,4 +265,4 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, SafetensorError, OSError, json.JSONDecodeError) as error:
-        sys.exit(f"pvm.card: error: {error}")
+        sys.exit(f"pvm card: error: {error}")

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .methods import pvm_blocks
+from modeling_qwen3vl_pvm import pvm_blocks
 
 
 class StopOnSigterm(TrainerCallback):

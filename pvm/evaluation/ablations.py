@@ -14,11 +14,10 @@ from PIL import Image
 from transformers import DynamicCache, PreTrainedModel
 
 from modeling_qwen3vl_pvm import read_visual_memory, write_visual_memory
-
-from ..data import read_image
-from ..errors import UserError
-from ..formats import Conversation
-from ..sources import Conversations
+from pvm.data.encoding import read_image
+from pvm.data.forms import Conversation
+from pvm.data.sources import Conversations
+from pvm.errors import UserError
 
 
 # What a report says of each.

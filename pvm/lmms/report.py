@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from ..errors import REFUSALS, UserError
-from .report import at_commit, checkpoint_lines
-from .tables import Table
+from pvm.errors import REFUSALS, UserError
+from pvm.evaluation.report import at_commit, checkpoint_lines
+from pvm.evaluation.tables import Table
 
 
 if TYPE_CHECKING:  # an extra, and slow to import

@@ -1,11 +1,11 @@
 """
 Turn a checkpoint into another form. The adapter that train.py saved into a whole checkpoint:
 
-    python -m pvm.convert runs/my_pvm runs/my_pvm_whole --to full
+    python -m pvm convert runs/my_pvm runs/my_pvm_whole --to full
 
 and back, which is refused unless its other weights are exactly the base's:
 
-    python -m pvm.convert runs/my_pvm_whole runs/my_pvm_again --to adapter --base Qwen/Qwen3-VL-8B-Instruct
+    python -m pvm convert runs/my_pvm_whole runs/my_pvm_again --to adapter --base Qwen/Qwen3-VL-8B-Instruct
 
 The authors' checkpoints become ours with either, and ours theirs with `--to reference`.
 """
@@ -31,11 +31,12 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, safetensors_files
 
-from .card import RECORD, write_card
-from .checkpoints import MODEL_CLASS, checkpoint_kind, load_processor
-from .errors import UserError
-from .methods import load_weights
-from .variants import VARIANTS
+from pvm.checkpoints.card import write_card
+from pvm.checkpoints.loading import MODEL_CLASS, checkpoint_kind, load_processor
+from pvm.errors import UserError
+from pvm.checkpoints.loading import load_weights
+from pvm.checkpoints.record import RECORD
+from pvm.variants import VARIANTS
 
 
 def load_merged(name: str, revision: str, kind: str) -> Qwen3VLPVMForConditionalGeneration:
@@ -160,7 +161,7 @@ def convert(args: Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser("python -m pvm.convert", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m pvm convert", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="Folder or Hub name, of ours or the authors'.")
     parser.add_argument("folder", type=Path, help="Where the new form is written; it must not exist or be empty.")
     parser.add_argument("--to", choices=("full", "adapter", "reference"), required=True, help="The form.")
@@ -174,4 +175,4 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, StrictDataclassError, SafetensorError, OSError) as error:
-        sys.exit(f"pvm.convert: error: {error}")
+        sys.exit(f"pvm convert: error: {error}")

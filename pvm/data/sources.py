@@ -23,9 +23,9 @@ from datasets import (
 )
 from datasets.data_files import DataFilesDict, get_data_patterns
 
-from .errors import UserError
-from .formats import Conversation, check_columns, to_conversation
-from .json_rows import JSON_ROW, load_json, parsed
+from pvm.data.forms import Conversation, check_columns, to_conversation
+from pvm.data.json_rows import JSON_ROW, load_json, parsed
+from pvm.errors import UserError
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -9,11 +9,11 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from .checks import REPORTS
-from .errors import UserError
-from .methods import ModelArguments, base_model
-from .sources import DataArguments
-from .trainer import SETTINGS, STAGING, PVMTrainingArguments
+from pvm.data.sources import DataArguments
+from pvm.data.validation import REPORTS
+from pvm.errors import UserError
+from pvm.training.methods import ModelArguments, base_model
+from pvm.training.trainer import SETTINGS, STAGING, PVMTrainingArguments
 
 
 def find_checkpoint(arguments: PVMTrainingArguments, settings: dict[str, Any]) -> str | None:

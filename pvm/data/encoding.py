@@ -12,9 +12,9 @@ from datasets import Image, IterableDataset
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata, read_video_pyav
 
-from .errors import SetupError, UserError
-from .formats import Conversation
-from .sources import Conversations, DataArguments, Mixture, from_record, read_streams
+from pvm.data.forms import Conversation
+from pvm.data.sources import Conversations, DataArguments, Mixture, from_record, read_streams
+from pvm.errors import SetupError, UserError
 
 
 IGNORE_INDEX = -100  # what the loss of transformers and torch leaves out
@@ -312,3 +312,12 @@ def no_visuals(subject: str) -> str:
         f"{subject} has an image or a video, and --method pvm learns from nothing else. Check the columns `images` "
         "and `videos`, or choose --method lora or full."
     )
+
+
+def processor_state(processor: ProcessorMixin) -> str:
+    """Everything that decides what a processor makes of a row: two with the same state give the same inputs."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # What was asked for in the last call, before the tokenizer was saved or since; every call sets it anew.
+    del tokenizer["padding"], tokenizer["truncation"]
+    template = processor.chat_template or processor.tokenizer.chat_template
+    return json.dumps([processor.to_dict(), processor.image_processor.to_dict(), tokenizer, template], default=str)

@@ -16,12 +16,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
-from . import data, formats, json_rows
-from . import sources as sources_module
-from .checkpoints import processor_state
-from .data import WATCH_AFTER, ConversationDataset, ConversationEncoder, ConversationStream, no_visuals
-from .errors import SetupError, UserError
-from .sources import Conversations, DataArguments, Mixture, load_sources, load_streams
+from pvm.data import encoding, forms, json_rows
+from pvm.data import sources as sources_module
+from pvm.data.encoding import (
+    WATCH_AFTER,
+    ConversationDataset,
+    ConversationEncoder,
+    ConversationStream,
+    no_visuals,
+    processor_state,
+)
+from pvm.data.sources import Conversations, DataArguments, Mixture, load_sources, load_streams
+from pvm.errors import SetupError, UserError
 
 
 SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # the only files that a new run replaces
@@ -160,7 +166,7 @@ def check_rows(
             transformers.__version__,
             [
                 Path(file).read_text("utf-8")
-                for file in (data.__file__, formats.__file__, json_rows.__file__, sources_module.__file__, __file__)
+                for file in (encoding.__file__, forms.__file__, json_rows.__file__, sources_module.__file__, __file__)
             ],
         ]
     )

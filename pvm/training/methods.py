@@ -1,13 +1,10 @@
 """What can be trained: PVM branches, and the controls that a claim about them needs. One code path, one report."""
 
 import importlib.util
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -15,15 +12,14 @@ from transformers.utils import CONFIG_NAME, is_flash_attn_2_available
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
-
-from .errors import UserError
-from .variants import VARIANTS
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.loading import load_weights
+from pvm.checkpoints.names import stored_config
+from pvm.errors import UserError
+from pvm.variants import VARIANTS
 
 
 METHODS = ("pvm", "lora", "pvm+lora", *VARIANTS, "full")
-# What peft calls the module that it copied and now keeps unused beside the trained copy.
-PEFT_ORIGINAL = ".original_module"
 BRANCHED = {
     "pvm": Qwen3VLPVMForConditionalGeneration,
     "pvm+lora": Qwen3VLPVMForConditionalGeneration,
@@ -214,64 +210,6 @@ def base_model(arguments: ModelArguments) -> tuple[str, str | None]:
     return arguments.base_model_id or str(Path(name).absolute()), None
 
 
-def public_name(name: str) -> dict[str, Any]:
-    """What others may be told of a model or data set: its `name`, without folders, and whether it is `on_hub`."""
-    is_file = Path(name).suffix in (".json", ".jsonl", ".parquet")
-    on_hub = not Path(name).exists() and not is_file and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
-    return {"name": name if on_hub else Path(name).name, "on_hub": on_hub}
-
-
-def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
-    """
-    The config.json of a folder or Hub name.
-
-    Raises:
-        UserError: if there is none.
-    """
-    try:
-        stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    except (OSError, HFValidationError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} is no folder, and cannot be had from the Hub: {reason}") from error
-    if not stored:
-        raise UserError(
-            f"{name} has no config.json, so it is no checkpoint. Name a folder that train.py or save_pretrained "
-            "wrote, or a Hub name."
-        )
-    return stored
-
-
-def load_weights(
-    model_class: type[PreTrainedModel], name: str, **kwargs
-) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    """
-    `model_class.from_pretrained`, with what it misses or did not expect.
-
-    Raises:
-        UserError: if the weights do not fit the config, or the class refuses them.
-    """
-    try:
-        return model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except (ImportError, ValueError) as error:  # how our model refuses a checkpoint, in a sentence
-        raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(
-            f"The weights in {name} are of other shapes than its config.json says; the report above names them. They "
-            "do not belong together: get the complete checkpoint again."
-        ) from error
-
-
-def pvm_blocks(model: torch.nn.Module) -> dict[int, Qwen3VLPVMBlock]:
-    """The branches of a model by decoder layer; empty for a stock one."""
-    return {
-        module.cross_attn.layer_idx: module
-        for name, module in model.named_modules()
-        if isinstance(module, Qwen3VLPVMBlock) and PEFT_ORIGINAL not in name
-    }
-
-
 def _branched_config(
     config_class: type[Qwen3VLPVMConfig], name: str, revision: str, stored: dict[str, Any], pvm_fields: dict[str, Any]
 ) -> Qwen3VLPVMConfig:
@@ -279,7 +217,7 @@ def _branched_config(
     if config.peft_adapter is not None:
         raise UserError(
             f"{name} holds a LoRA adapter beside its branches, and training does not go on from both. Merge it: "
-            f"python -m pvm.convert {name} FOLDER --to full, and start from that folder."
+            f"python -m pvm convert {name} FOLDER --to full, and start from that folder."
         )
     if "pvm_layers" not in stored.get("text_config", {}):
         # A stock checkpoint: its branches are made here, so the flags decide.
@@ -293,35 +231,3 @@ def _branched_config(
                 "to train them on, or start from the stock checkpoint."
             )
     return config
-
-
-@dataclass
-class ParameterCount:
-    """How many parameters a part of the model has, and how many of them train."""
-
-    part: str
-    total: int
-    trainable: int
-
-
-def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
-    """Counts by part (vision tower, language model with its head, branches, LoRA); the sum comes last."""
-    counts: dict[str, ParameterCount] = {}
-    for name, parameter in model.named_parameters():
-        if PEFT_ORIGINAL in name:
-            continue
-        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # 4-bit weights: two in a byte
-        if ".pvm_block." in name:
-            part = "branches"
-        elif ".lora_" in name:
-            part = "LoRA"
-        elif ".visual." in name:
-            part = "vision tower"
-        else:
-            part = "language model"
-        for key in (part, "all"):
-            count = counts.setdefault(key, ParameterCount(key, 0, 0))
-            count.total += number
-            count.trainable += number if parameter.requires_grad else 0
-    total = counts.pop("all")
-    return [*counts.values(), total]

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
-from .errors import UserError
+from pvm.errors import UserError
 
 
 # Everything else in a folder stays here: the optimizer's state, which is a pickle, and what tells where it was.
@@ -71,7 +71,7 @@ def _refuse_paths(folder: Path, names: list[str]) -> None:
                     raise UserError(
                         f"{folder / name} names {value}, which only this machine has, and nothing that is pushed "
                         "may. Give the base by its name on the Hub (--base_model_id), or push a whole checkpoint: "
-                        f"python -m pvm.convert {folder} FOLDER --to full."
+                        f"python -m pvm convert {folder} FOLDER --to full."
                     )
 
 

@@ -1,0 +1,101 @@
+"""The record of a training, training.json: what was trained, on what and how."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState
+
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from pvm.checkpoints.names import public_name
+
+
+RECORD = "training.json"
+# What peft calls the module that it copied and now keeps unused beside the trained copy.
+PEFT_ORIGINAL = ".original_module"
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
+
+
+@dataclass
+class ParameterCount:
+    """How many parameters a part of the model has, and how many of them train."""
+
+    part: str
+    total: int
+    trainable: int
+
+
+def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
+    """Counts by part (vision tower, language model with its head, branches, LoRA); the sum comes last."""
+    counts: dict[str, ParameterCount] = {}
+    for name, parameter in model.named_parameters():
+        if PEFT_ORIGINAL in name:
+            continue
+        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # 4-bit weights: two in a byte
+        if ".pvm_block." in name:
+            part = "branches"
+        elif ".lora_" in name:
+            part = "LoRA"
+        elif ".visual." in name:
+            part = "vision tower"
+        else:
+            part = "language model"
+        for key in (part, "all"):
+            count = counts.setdefault(key, ParameterCount(key, 0, 0))
+            count.total += number
+            count.trainable += number if parameter.requires_grad else 0
+    total = counts.pop("all")
+    return [*counts.values(), total]
+
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
+
+
+def write_record(
+    folder: Path, model: PreTrainedModel | PeftModel, settings: dict[str, Any] | None, state: TrainerState
+) -> None:
+    """
+    Write training.json: what was trained, on what and how, without paths of this machine.
+
+    Args:
+        settings (`dict`, *optional*): [`run_settings`].
+    """
+    settings = settings or {}
+    total = count_parameters(model)[-1]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    names = settings.get("dataset_name", [])
+    weights = settings.get("dataset_weights") or [None] * len(names)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    base, revision = settings.get("base_model"), settings.get("base_revision")
+    if isinstance(model.config, Qwen3VLPVMConfig):  # which may be made from another checkpoint with branches
+        base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
+    on_hub = base is not None and public_name(base)["on_hub"]
+    record = {
+        "method": settings.get("method"),
+        "base_model": base if on_hub else None,
+        "base_revision": revision if on_hub else None,
+        "datasets": [{**public_name(name), "weight": weight} for name, weight in zip(names, weights)],
+        "step": state.global_step,
+        "steps": state.max_steps,
+        "epochs": None if state.epoch is None else round(state.epoch, 3),
+        "last_loss": losses[-1] if losses else None,
+        "trained_parameters": total.trainable,
+        "all_parameters": total.total,
+        "arguments": {key: settings[key] for key in RECIPE if key in settings},
+        "hardware": f"{settings.get('num_processes', 1)} x {device}",
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+# Of a run's settings, those that make its recipe.
+RECIPE = (
+    *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
+    "seed",
+)

@@ -1,0 +1,1 @@
+"""What can be trained, and the Trainer that does it."""
