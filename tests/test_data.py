@@ -1,4 +1,4 @@
-"""From data sets of every form to batches: what is read, refused, checked, mixed and streamed."""
+"""From rows of every supported form to batches: read, refused, checked, mixed and streamed."""
 
 import json
 import os
@@ -16,63 +16,43 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-import eval as eval_script
-import pvm.data.encoding
 import train
-from pvm.data import validation as checks
-from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder, ConversationStream
+from pvm.data import encoding, streams, validation
+from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder
 from pvm.data.forms import Conversation, to_conversation
-from pvm.data.sources import Conversations, DataArguments, Mixture, load_conversations, load_streams, read_streams
+from pvm.data.sources import Conversations, DataArguments, Mixture, load_conversations
+from pvm.data.streams import ConversationStream, load_streams, read_streams
 from pvm.data.validation import check_rows, load_training_data
 from pvm.errors import UserError
+from pvm.evaluation.questions import Prompts, read_questions
 from pvm.training.trainer import PVMTrainingArguments
 
 
 BACKBONE = Path(__file__).parents[1] / "assets" / "digits-backbone"
 
-# The part of Qwen3-VL-Instruct's own template that conversations without tools go through.
+# The part of Qwen3-VL-Instruct's own template that is used for messages without tools, whose contents are parts.
 QWEN3_VL_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].content is string %}
-        {{- messages[0].content }}
-    {%- else %}
-        {%- for content in messages[0].content %}
-            {%- if 'text' in content %}
-                {{- content.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
+    {%- for content in messages[0].content %}
+        {%- if 'text' in content %}
+            {{- content.text }}
+        {%- endif %}
+    {%- endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- if message.role == "user" %}
+    {%- if message.role == "user" or message.role == "assistant" %}
         {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.content is string %}
-            {{- message.content }}
-        {%- else %}
-            {%- for content in message.content %}
-                {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
-                    {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-                {%- elif content.type == 'video' or 'video' in content %}
-                    {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-                {%- elif 'text' in content %}
-                    {{- content.text }}
-                {%- endif %}
-            {%- endfor %}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.content is string %}
-            {{- message.content }}
-        {%- else %}
-            {%- for content_item in message.content %}
-                {%- if 'text' in content_item %}
-                    {{- content_item.text }}
-                {%- endif %}
-            {%- endfor %}
-        {%- endif %}
+        {%- for content in message.content %}
+            {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif content.type == 'video' or 'video' in content %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif 'text' in content %}
+                {{- content.text }}
+            {%- endif %}
+        {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -89,13 +69,13 @@ def processor():
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Checks cached by one test are not found by another."""
+    """Tests do not share a cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """A folder with 0.png to 3.png (32 x 32: 16 tokens), a broken picture, and clip.mp4 (3 s at 8 frames a second)."""
+    """0.png to 3.png (32 x 32: 16 tokens), clip.mp4 (3 s at 8 frames a second), broken.png and broken.mp4."""
     av = pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("media")
     for index in range(4):
@@ -129,26 +109,38 @@ IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> str:
-    """A data file beside the media; its path."""
+    """Write a data file into a folder and return its path."""
     content = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
     (folder / name).write_text(content)
     return str(folder / name)
 
 
 def rows_of(count: int, images: bool = True) -> list[dict]:
-    messages = [[user("Cell alpha?"), assistant(str(index % 10))] for index in range(count)]
     return [
-        {"images": [f"{index % 4}.png"] if images else [], "messages": turns} for index, turns in enumerate(messages)
+        {
+            "images": [f"{index % 4}.png"] if images else [],
+            "messages": [user("Cell alpha?"), assistant(str(index % 10))],
+        }
+        for index in range(count)
     ]
 
 
-# One internal form
+def answers(name: str, streaming: bool = False, split: str = "train") -> list[str]:
+    """The answers in a data set."""
+    if not streaming:
+        return [row.messages[-1]["content"][0]["text"] for row in load_conversations(name, split)]
+    arguments = DataArguments([name], streaming=True, shuffle_buffer_size=1)
+    records = read_streams(load_streams(arguments), arguments, seed=0)
+    return [record["messages"][-1]["content"][0]["text"] for record in records]
+
+
+# Forms
 
 
 FORMS = {
     "messages": {"images": ["a.png"], "messages": [user("What?"), assistant("A cat.")]},
     "messages with parts": {"images": ["a.png"], "messages": [user([IMAGE, text("What?")]), assistant("A cat.")]},
-    "messages with marks": {"images": ["a.png"], "messages": [user("<image>\nWhat?"), assistant("A cat.")]},
+    "messages with placeholders": {"images": ["a.png"], "messages": [user("<image>\nWhat?"), assistant("A cat.")]},
     "one image": {"image": "a.png", "messages": [user("What?"), assistant("A cat.")]},
     "prompt and completion": {"images": ["a.png"], "prompt": "What?", "completion": "A cat."},
     "conversational prompt": {"images": ["a.png"], "prompt": [user("What?")], "completion": [assistant("A cat.")]},
@@ -164,10 +156,10 @@ def test_every_form_becomes_the_same_conversation(form, tmp_path):
     conversation = to_conversation(FORMS[form], tmp_path)
     assert conversation.messages == [user([IMAGE, text("What?")]), assistant([text("A cat.")])]
     assert conversation.images == [{"path": str(tmp_path / "a.png"), "bytes": None}] and conversation.videos == []
-    assert conversation.given == (1 if "prompt" in FORMS[form] else 0)
+    assert conversation.prompt_messages == (1 if "prompt" in FORMS[form] else 0)
 
 
-def test_the_examples_of_the_documentation_are_what_it_says(processor, media):
+def test_the_examples_in_the_documentation(processor, media):
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     examples = [json.loads(row) for row in re.findall(r"^\| .* \| `(\{.*\})` \|$", page, re.MULTILINE)]
     for name in ("cat", "dog"):
@@ -179,7 +171,7 @@ def test_the_examples_of_the_documentation_are_what_it_says(processor, media):
     assert visual_tokens == [16, 16, 16, 16, 16, 32, 48, 32, 0]
 
 
-def test_marks_are_places_in_the_users_texts_only():
+def test_placeholders_in_texts_of_the_user_only():
     turns = [
         {"from": "system", "value": "Be brief."},
         {"from": "human", "value": "First <image> then\n<video>\nand?"},
@@ -194,7 +186,7 @@ def test_marks_are_places_in_the_users_texts_only():
     assert conversation.videos == [{"path": "/b.mp4", "bytes": None, "frames": None}]
 
 
-def test_what_nothing_stands_for_goes_before_the_first_user_message():
+def test_media_without_placeholders_go_before_the_first_user_message():
     row = {"images": ["/a.png", "/b.png"], "videos": ["/c.mp4"], "messages": [user("?"), assistant("!")]}
     assert to_conversation(row).messages[0] == user([IMAGE, IMAGE, VIDEO, text("?")])
 
@@ -207,28 +199,28 @@ def bad(*messages, **columns) -> dict:
     ("row", "message"),
     [
         (bad({"role": "human", "content": "a"}), "message 0 has the role 'human'"),
-        (bad(user("a")), "last message must be the assistant's"),
-        (bad(), "last message must be the assistant's"),
+        (bad(user("a")), "last message must be the answer"),
+        (bad(), "last message must be the answer"),
         (bad(user([]), assistant("a")), "message 0 .user. is empty"),
-        (bad(user("a"), assistant("  ")), "message 1, the assistant's, has no text"),
+        (bad(user("a"), assistant("  ")), "message 1 .assistant. has no text"),
         (bad(user("a"), assistant([IMAGE])), "message 1 .assistant. has a part of type 'image'"),
         (bad(user([{"type": "sound"}]), assistant("a")), "type 'sound'"),
-        (bad(user(["a"]), assistant("a")), "message 0 has a content that is neither"),
-        (bad(user([IMAGE]), assistant("a")), "images: 0, but places for them in the messages: 1"),
-        (bad(user("<image><image>"), assistant("a"), images=["/a.png"]), "images: 1, but places .*: 2"),
-        (bad(user("<video>"), assistant("a")), "videos: 0, but places .*: 1"),
-        (bad(user("a"), {"role": "system", "content": "b"}, assistant("c")), "message 1 is the system's"),
-        (bad(user("a <|im_end|> b"), assistant("c")), "message 0 has <|im_end|> in its text"),
+        (bad(user(["a"]), assistant("a")), "content of message 0 .user. is neither"),
+        (bad(user([IMAGE]), assistant("a")), "images: 0, but image placeholders in the messages: 1"),
+        (bad(user("<image><image>"), assistant("a"), images=["/a.png"]), "images: 1, but image placeholders .*: 2"),
+        (bad(user("<video>"), assistant("a")), "videos: 0, but video placeholders .*: 1"),
+        (bad(user("a"), {"role": "system", "content": "b"}, assistant("c")), "message 1 has the role system"),
+        (bad(user("a <|im_end|> b"), assistant("c")), "text of message 0 contains <|im_end|>"),
         (bad(user("a"), assistant("c"), images=["a.png"]), "a.png is a relative path"),
-        (bad(user("a"), assistant("c"), images=[None]), "neither a path nor a file"),
+        (bad(user("a"), assistant("c"), images=[None]), "one of the images is empty"),
         (bad(user("a"), assistant("c"), images=[{"path": 7}]), "neither a path nor a file"),
         (bad(user("a"), assistant("c"), images=["/a.png"], image="/a.png"), "both `images` and `image`"),
-        (bad(user("a"), assistant([{"type": "text", "text": 0}])), "message 1 has a text that is no string, but 0"),
-        (bad(user("a"), assistant(7)), "message 1 .assistant. has the content 7, which is neither"),
+        (bad(user("a"), assistant([{"type": "text", "text": 0}])), "message 1 has a text that is not a string: 0"),
+        (bad(user("a"), assistant(7)), "content of message 1 .assistant. is neither .*: 7"),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "has the role"),
-        (bad(assistant("c"), images=["/a.png"]), "no user message to show them in"),
-        ({"messages": "What?"}, "no list of messages"),
-        ({"messages": None}, "no conversation in it"),
+        (bad(assistant("c"), images=["/a.png"]), "no user message to contain them"),
+        ({"messages": "What?"}, "expected a list of messages"),
+        ({"messages": None}, "has no conversation"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_refused_in_words(row, message):
@@ -236,38 +228,28 @@ def test_bad_rows_are_refused_in_words(row, message):
         to_conversation(row)
 
 
-# Files, folders and other names
-
-
-def answers(conversations: Conversations) -> list[str]:
-    return [conversation.messages[-1]["content"][0]["text"] for conversation in conversations]
+# Files, folders and names
 
 
 STRINGS = ["7", "true", "null", '"yes"', "[]", "2024-01-01", "1e3", "é 🐈"]
 
 
-def mixed_contents() -> list[dict]:
-    """Lists of parts for the user, strings for the assistant, and rows with different keys."""
-    rows = [bad(user([IMAGE, text("What?")]), assistant(answer), image="0.png") for answer in STRINGS]
-    return [*rows, {**rows[0], "image": None, "images": ["1.png"], "source": "other"}]
-
-
 @pytest.mark.parametrize("name", ["mixed.jsonl", "mixed.json"])
 def test_strings_in_json_stay_as_they_are(media, name):
-    rows = load_conversations(write(media, name, mixed_contents()), "train")
-    assert answers(rows) == [*STRINGS, "7"]
+    """Lists of parts from the user, strings from the assistant, and rows with different columns."""
+    content = [bad(user([IMAGE, text("What?")]), assistant(answer), image="0.png") for answer in STRINGS]
+    content.append({**content[0], "image": None, "images": ["1.png"], "source": "other"})
+    name = write(media, name, content)
+    rows = load_conversations(name, "train")
+    assert answers(name) == answers(name, streaming=True) == [*STRINGS, "7"]
     assert [Path(row.images[0]["path"]).name for row in rows] == 8 * ["0.png"] + ["1.png"]
     assert rows.columns == ["messages", "image", "images", "source"]
     assert rows.column("source") == 8 * [None] + ["other"] and rows.column("colour") == 9 * [None]
-    arguments = DataArguments([str(media / name)], streaming=True, shuffle_buffer_size=1)
-    records = list(read_streams(load_streams(arguments), arguments, seed=0))
-    assert [record["messages"][1]["content"][0]["text"] for record in records] == [*STRINGS, "7"]
 
 
 LINES = [json.dumps(bad(user("What?"), assistant(answer))) for answer in "ABC"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -281,15 +263,10 @@ LINES = [json.dumps(bad(user("What?"), assistant(answer))) for answer in "ABC"]
         ("bom.json", "\ufeff \n [" + ", ".join(LINES) + "]\n"),
     ],
 )
-def test_layouts_of_json(tmp_path, name, content, streaming):
+def test_layouts_of_json(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    arguments = DataArguments([str(tmp_path / name)], streaming=streaming, shuffle_buffer_size=1)
-    if streaming:
-        records = list(read_streams(load_streams(arguments), arguments, seed=0))
-        assert [record["messages"][1]["content"][0]["text"] for record in records] == ["A", "B", "C"]
-        return
-    assert answers(load_conversations(str(tmp_path / name), "train")) == ["A", "B", "C"]
-    assert answers(load_conversations(str(tmp_path / name), "train[1:]")) == ["B", "C"]
+    assert answers(str(tmp_path / name)) == answers(str(tmp_path / name), streaming=True) == ["A", "B", "C"]
+    assert answers(str(tmp_path / name), split="train[1:]") == ["B", "C"]
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -297,7 +274,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(load_conversations(str(tmp_path / "rows.jsonl"), "train")) == 3
     (tmp_path / "rows.jsonl").write_text(LINES[2])
     os.utime(tmp_path / "rows.jsonl", (1, 1))
-    assert answers(load_conversations(str(tmp_path / "rows.jsonl"), "train")) == ["C"]
+    assert answers(str(tmp_path / "rows.jsonl")) == ["C"]
 
 
 def test_a_broken_line_is_a_bad_row(processor, tmp_path):
@@ -305,9 +282,9 @@ def test_a_broken_line_is_a_bad_row(processor, tmp_path):
     (tmp_path / "broken.jsonl").write_text("\n".join(lines))
     name = str(tmp_path / "broken.jsonl")
     problems = {
-        1: f"line 3 of {name} is no JSON: Expecting value, column 15",
-        2: f"line 4 of {name} is no JSON object, but [1]",
-        4: f"line 6 of {name} is no JSON: 'utf-8' codec can't encode character",
+        1: f"line 3 of {name} is not valid JSON: Expecting value, column 15",
+        2: f"line 4 of {name} is not a JSON object: [1]",
+        4: f"line 6 of {name} is not valid JSON: 'utf-8' codec can't encode character",
     }
     load(DataArguments([name], max_skipped=1.0), processor, tmp_path / "run", needs_visuals=False)
     named = skipped(tmp_path / "run")
@@ -320,18 +297,18 @@ def test_a_broken_line_is_a_bad_row(processor, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"[{LINES[0]},\n{LINES[1]}", "rows.json is no JSON: Expecting the end of the list, .* line 2"),
-        (f"[{LINES[0]},", "rows.json is no JSON: Expecting the end of the list"),
-        (f"[{LINES[0]}]\n{LINES[1]}", "rows.json is no JSON: Expecting the end of the list, .* line 1"),
-        (f"[{LINES[0]},\n{LINES[1][:-1]}]", "rows.json is no JSON: Expecting ',' delimiter: line 2"),
-        ('{\n"messages": [\n', "rows.json is no JSON: Expecting value: line 3"),
-        ("a,b\n1,2", "line 1 of .*rows.json is no JSON"),
+        (f"[{LINES[0]},\n{LINES[1]}", "rows.json is not valid JSON: Expecting the end of the list and .* line 2"),
+        (f"[{LINES[0]},", "rows.json is not valid JSON: Expecting the end of the list"),
+        (f"[{LINES[0]}]\n{LINES[1]}", "rows.json is not valid JSON: Expecting the end of the list and .* line 1"),
+        (f"[{LINES[0]},\n{LINES[1][:-1]}]", "rows.json is not valid JSON: Expecting ',' delimiter: line 2"),
+        ('{\n"messages": [\n', "rows.json is not valid JSON: Expecting value: line 3"),
+        ("a,b\n1,2", "line 1 of .*rows.json is not valid JSON"),
         ("[]", "rows.json"),
-        (LINES[0].replace("A", "\udce9"), "rows.json is no JSON: 'utf-8' codec can't decode byte"),
+        (LINES[0].replace("A", "\udce9"), "rows.json is not valid JSON: 'utf-8' codec can't decode byte"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_file_that_is_no_json_is_refused(tmp_path, content, message, streaming):
+def test_a_file_that_is_not_json_is_refused(tmp_path, content, message, streaming):
     (tmp_path / "rows.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
         if streaming:
@@ -347,7 +324,7 @@ def test_parquet_embeds_images_and_json_names_them(media, tmp_path):
     )
     Dataset.from_list([row], features=features).to_parquet(tmp_path / "train.parquet")
     (embedded,) = load_conversations(str(tmp_path), "train")[0].images
-    assert embedded["bytes"] and pvm.data.encoding.read_image(embedded).tobytes() == row["images"][0].tobytes()
+    assert embedded["bytes"] and encoding.read_image(embedded).tobytes() == row["images"][0].tobytes()
     (named,) = load_conversations(write(media, "one.jsonl", rows_of(2)), "train")[1].images
     assert named == {"path": str(media / "1.png"), "bytes": None}
 
@@ -365,27 +342,27 @@ def test_a_folder_may_hold_the_images_beside_the_rows(media, tmp_path):
         load_conversations(str(tmp_path), "train")
 
 
-def test_names_that_lead_to_no_conversations_are_refused(tmp_path):
-    other = write(tmp_path, "other.jsonl", [{"question": "a", "answer": "b"}])
-    with pytest.raises(UserError, match="other.jsonl: no known form has its columns, question, answer"):
-        load_conversations(other, "train")
-    with pytest.raises(UserError, match="Cannot load split `test`"):
-        load_conversations(other, "test")
-    with pytest.raises(UserError, match="Cannot load split `train` of the data set `no/such`"):
-        load_conversations("no/such", "train")
-    with pytest.raises(UserError, match="missing.jsonl: no such file"):
-        load_conversations("missing.jsonl", "train")
-    with pytest.raises(UserError, match="--dataset_config v1: .* is a local data set"):
-        load_conversations(other, "train", "v1")
+@pytest.mark.parametrize(
+    ("name", "split", "config_name", "message"),
+    [
+        ("other.jsonl", "train", None, "other.jsonl has the columns question, answer, which match no supported form"),
+        ("other.jsonl", "test", None, "Cannot load split `test`"),
+        ("other.jsonl", "train", "v1", "--dataset_config v1: .* is a local data set"),
+        ("no/such", "train", None, "Cannot load split `train` of the data set `.*no/such`"),
+        ("missing.jsonl", "train", None, "missing.jsonl: no such file"),
+        ("empty.jsonl", "train", None, "empty.jsonl is empty"),
+        ("other.txt", "train", None, r"must end in one of \.json"),
+        ("bare", "train", None, "bare"),
+    ],
+)
+def test_names_without_conversations_are_refused(tmp_path, monkeypatch, name, split, config_name, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "other.jsonl", [{"question": "a", "answer": "b"}])
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="empty.jsonl is empty"):
-        load_conversations(str(tmp_path / "empty.jsonl"), "train")
     (tmp_path / "other.txt").write_text("a")
-    with pytest.raises(UserError, match=r"must end in one of \.json"):
-        load_conversations(str(tmp_path / "other.txt"), "train")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="bare"):
-        load_conversations(str(tmp_path / "bare"), "train")
+    with pytest.raises(UserError, match=message):
+        load_conversations(name, split, config_name)
 
 
 def test_rows_keep_their_numbers(media):
@@ -412,16 +389,16 @@ TURNS = Conversation(
 
 @pytest.mark.parametrize("template", [None, QWEN3_VL_TEMPLATE], ids=["digits", "qwen3-vl"])
 @pytest.mark.parametrize(
-    ("train_on", "given", "learned"),
+    ("train_on", "prompt_messages", "expected"),
     [("all", 0, "4<|im_end|>7<|im_end|>"), ("last", 0, "7<|im_end|>"), ("all", 4, "7<|im_end|>")],
 )
-def test_labels_are_the_assistants_turns(template, train_on, given, learned):
+def test_labels_are_the_assistants_turns(template, train_on, prompt_messages, expected):
     processor = AutoProcessor.from_pretrained(BACKBONE)
     processor.chat_template = template or processor.chat_template
-    conversation = Conversation(TURNS.messages, given=given)
+    conversation = Conversation(TURNS.messages, prompt_messages=prompt_messages)
     example = ConversationEncoder(processor, train_on=train_on)(conversation)
     labelled = example["labels"] != -100
-    assert processor.tokenizer.decode(example["labels"][labelled]) == learned
+    assert processor.tokenizer.decode(example["labels"][labelled]) == expected
     assert torch.equal(example["input_ids"][labelled], example["labels"][labelled])
     assert processor.tokenizer.decode(example["input_ids"]) == (
         "<|im_start|>system\nRead.<|im_end|>\n<|im_start|>user\nCell alpha?<|im_end|>\n<|im_start|>assistant\n4"
@@ -502,7 +479,7 @@ def test_without_pyav_a_run_with_videos_stops(processor, media, tmp_path, monkey
     def fail(*_):
         raise ImportError("no module named av")
 
-    monkeypatch.setattr(pvm.data.encoding, "read_video_pyav", fail)
+    monkeypatch.setattr(encoding, "read_video_pyav", fail)
     name = write(media, "video.jsonl", problem_rows()[8:])
     with pytest.raises(UserError, match="pip install av"):
         load(DataArguments([name], max_skipped=1.0), processor, tmp_path)
@@ -537,22 +514,22 @@ def test_mixtures_keep_weights_and_numbers(media):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"dataset_weights": [1.0]}, "each of several data sets a number above 0; there are 2"),
-        ({"dataset_weights": [1.0, 0.0]}, "a number above 0"),
+        ({"dataset_weights": [1.0]}, "one number above 0 each; --dataset_name has 2"),
+        ({"dataset_weights": [1.0, 0.0]}, "one number above 0 each"),
         ({"dataset_split": ["a", "b", "c"]}, "--dataset_split has 3 values for 2 data sets"),
-        ({"max_samples": [0]}, "--max_samples 0: give a number from 1"),
-        ({"max_skipped": 2.0}, "--max_skipped 2.0: give a share"),
-        ({"stopping_strategy": "all_exhausted"}, "belongs to --dataset_weights"),
+        ({"max_samples": [0]}, "--max_samples 0: it must be at least 1"),
+        ({"max_skipped": 2.0}, "--max_skipped 2.0: give a number between 0 and 1"),
+        ({"stopping_strategy": "all_exhausted"}, "only works with --dataset_weights"),
         ({"streaming": True}, "with several data sets needs --dataset_weights"),
         ({"streaming": True, "dry_run": True, "dataset_weights": [1, 1]}, "--dry_run reads all rows"),
     ],
 )
-def test_contradicting_flags_are_refused(flags, message):
+def test_invalid_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         DataArguments(["a", "b"], **flags)
 
 
-# The check before training
+# Validation
 
 
 def problem_rows() -> list[dict]:
@@ -573,9 +550,9 @@ def problem_rows() -> list[dict]:
 PROBLEMS = {
     1: "no.png does not exist",
     2: "broken.png cannot be read",
-    3: "images: 1, but places",
+    3: "images: 1, but image placeholders",
     4: "has no text",
-    5: "max_length is 100",
+    5: "more than max_length 100",
     6: "broken.mp4 cannot be read",
     7: "no.mp4 does not exist",
 }
@@ -608,7 +585,8 @@ def test_bad_rows_are_skipped_and_named(processor, media, tmp_path, num_workers)
 def test_too_many_bad_rows_stop_the_run(processor, media, tmp_path):
     name = write(media, "problems.jsonl", problem_rows())
     with pytest.raises(
-        UserError, match=r"7 of 9 rows of .*problems.jsonl cannot be used, more than --max_skipped 0.01.*\n.*row 1: "
+        UserError,
+        match=r"7 of 9 rows of .*problems.jsonl cannot be used, more than --max_skipped 0.01 allows.*\n.*row 1: ",
     ):
         load(DataArguments([name], max_length=100), processor, tmp_path)
     assert skipped(tmp_path).keys() == PROBLEMS.keys()
@@ -625,7 +603,7 @@ def test_the_check_counts_what_training_sees_and_is_cached(processor, media, mon
     def fail(*_):
         raise AssertionError("gone through again")
 
-    monkeypatch.setattr(checks, "_check_row", fail)
+    monkeypatch.setattr(validation, "_check_row", fail)
     again = check_rows(rows, processor, {"max_length": None, "train_on": "all"})
     assert again[:] == checked[:]
     for settings, overwrite in (({"max_length": 31, "train_on": "all"}, False),
@@ -636,7 +614,9 @@ def test_the_check_counts_what_training_sees_and_is_cached(processor, media, mon
 
 def test_pvm_needs_an_image_and_other_methods_do_not(processor, media, tmp_path):
     name = write(media, "text.jsonl", rows_of(3, images=False))
-    with pytest.raises(UserError, match="No row of .*text.jsonl has an image or a video, and --method pvm"):
+    with pytest.raises(
+        UserError, match="No row of .*text.jsonl has an image or a video, without which PVM branches learn nothing"
+    ):
         load(DataArguments([name]), processor, tmp_path)
     assert len(load(DataArguments([name]), processor, tmp_path, needs_visuals=False)) == 3
 
@@ -650,7 +630,7 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, mo
     flags = ["--model_name_or_path", str(BACKBONE), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     dry_run = [*flags, "--dataset_name", *names, "--max_length", "100", "--dry_run", "true"]
     (tmp_path / "skipped_rows.jsonl").write_text("of a run before")
-    with pytest.raises(UserError, match=r"A training would stop here: 7 of 9 rows of .*dry_run.json names them all"):
+    with pytest.raises(UserError, match=r"A training would stop here: 7 of 9 rows of .*dry_run.json lists them"):
         train.main(dry_run)
     assert (tmp_path / "skipped_rows.jsonl").read_text() == "of a run before"
     report = json.loads((tmp_path / "dry_run.json").read_text())
@@ -662,24 +642,27 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, mo
     assert report["quantiles"]["half"]["length"] == 32 and report["quantiles"]["most"]["visual_tokens"] == 48
     assert {row["row"] for row in report["refused"]} == set(PROBLEMS)
     output = capsys.readouterr().out
-    assert "refused rows" in output and f"Written: {tmp_path}/dry_run.json" in output and "would go on" not in output
+    assert (
+        "refused rows" in output and f"Written: {tmp_path}/dry_run.json" in output and "would continue" not in output
+    )
     train.main([*dry_run, "--max_skipped", "0.8"])
-    assert "A training would go on from here." in capsys.readouterr().out
-    with pytest.raises(AssertionError, match="a model was loaded"):  # what the dry run wrote is in nobody's way
+    assert "A training would continue from here." in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="a model was loaded"):  # what the dry run wrote may be overwritten
         train.main([*flags, "--dataset_name", names[1]])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path, num_workers):
-    rows = rows_of(4)
+def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path):
+    """Even from a data loader worker, whose errors torch wraps in a traceback."""
+    rows = rows_of(3)
+    rows[2]["images"] = ["gone.png"]
     (media / "gone.png").write_bytes((media / "0.png").read_bytes())
-    name = write(media, "gone.jsonl", [*rows[:2], {**rows[2], "images": ["gone.png"]}])
+    name = write(media, "gone.jsonl", rows)
 
     def run(folder: str, *flags: str) -> None:
         train.main(
             ["--model_name_or_path", str(BACKBONE), "--pvm_hidden_size", "32", "--dataset_name", name, "--use_cpu",
-             "true", "--output_dir", str(tmp_path / folder), "--dataloader_num_workers", str(num_workers),
-             "--max_skipped", "0.5", "--disable_tqdm", "true", *flags]
+             "true", "--output_dir", str(tmp_path / folder), "--dataloader_num_workers", "2", "--max_skipped", "0.5",
+             "--disable_tqdm", "true", *flags]
         )  # fmt: skip
 
     run("checked", "--dry_run", "true")
@@ -687,8 +670,8 @@ def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path, num_w
     with pytest.raises(UserError) as error:
         run("run")
     assert str(error.value) == (
-        f"{name}, row 2: the image {media}/gone.png does not exist. It could be used when it was checked: if files "
-        "have changed, check again with --overwrite_cache true."
+        f"{name}, row 2: the image {media}/gone.png does not exist. It was usable when it was checked. If files have "
+        "changed, check again with --overwrite_cache true."
     )
     (tmp_path / "run").rename(tmp_path / "failed")
     run("run", "--overwrite_cache", "true")
@@ -727,14 +710,14 @@ def test_a_stream_skips_and_names_bad_rows(processor, media, tmp_path):
 
 
 def test_a_stream_is_watched_before_its_end(processor, media, tmp_path, monkeypatch):
-    monkeypatch.setattr(pvm.data.encoding, "WATCH_AFTER", 4)
+    monkeypatch.setattr(streams, "WATCH_AFTER", 4)
     name = write(media, "problems.jsonl", problem_rows())
     with pytest.raises(UserError, match="3 of the first 4 rows"):
         take(stream([name], processor, tmp_path, max_length=100), 2)
 
 
 def test_a_stream_needs_an_image_in_its_first_rows(processor, media, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "WATCH_AFTER", 4)
+    monkeypatch.setattr(validation, "WATCH_AFTER", 4)
     text_only = write(media, "text.jsonl", rows_of(9, images=False))
     with pytest.raises(UserError, match="None of the first 4 rows of .*text.jsonl has an image or a video"):
         stream([text_only], processor, tmp_path)
@@ -782,7 +765,7 @@ def test_a_pass_of_all_readers_is_the_data_set_in_another_order_each(tmp_path):
     assert passes[0] != passes[1] and passes[0] == [rows_read(arguments, reader, 3) for reader in range(3)]
 
 
-@pytest.mark.parametrize("files", [1, 2, 5])
+@pytest.mark.parametrize("files", [2, 5])
 def test_no_worker_of_any_rank_runs_out(processor, tmp_path, files):
     for file in range(files):
         write(tmp_path, f"{file}-train.jsonl", rows_of(10, images=False)[file::files])
@@ -800,7 +783,7 @@ def test_no_worker_of_any_rank_runs_out(processor, tmp_path, files):
 
 def test_a_stream_with_fewer_rows_than_readers_is_refused(processor, media, tmp_path):
     arguments = DataArguments([write(media, "three.jsonl", rows_of(3))], streaming=True)
-    with pytest.raises(UserError, match="three.jsonl has 3 rows for 4 readers, the processes and their --dataloader"):
+    with pytest.raises(UserError, match="three.jsonl has 3 rows for 4 readers .the processes with their --dataloader"):
         load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=4)
     assert len(take(load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=3), 9)) == 9
 
@@ -808,11 +791,11 @@ def test_a_stream_with_fewer_rows_than_readers_is_refused(processor, media, tmp_
 def test_a_stream_of_several_is_mixed_by_weight(media, tmp_path):
     names = [write(media, "many.jsonl", rows_of(300)), write(media, "few.json", [FORMS["llava"]] * 100)]
     arguments = DataArguments(names, dataset_weights=[0.8, 0.2], streaming=True, max_samples=[250, 100])
-    streams = load_streams(arguments)
-    rows = [(record["dataset"], record["row"]) for record in read_streams(streams, arguments, seed=0)]
+    opened = load_streams(arguments)
+    rows = [(record["dataset"], record["row"]) for record in read_streams(opened, arguments, seed=0)]
     share = sum(name == names[0] for name, _ in rows) / len(rows)
     assert share == pytest.approx(0.8, abs=0.06) and len(set(rows)) == len(rows) > 200
-    assert rows == [(record["dataset"], record["row"]) for record in read_streams(streams, arguments, seed=0)]
+    assert rows == [(record["dataset"], record["row"]) for record in read_streams(opened, arguments, seed=0)]
 
 
 def test_a_stream_needs_a_number_of_steps(processor, media, tmp_path):
@@ -844,15 +827,12 @@ def test_training_and_resuming_on_mixed_forms(media, tmp_path, streaming):
     assert all(weight.item() != 0 for name, weight in whole.items() if name.endswith("gate_alpha"))
 
 
-# Evaluation
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_evaluation_reads_every_form(processor, media, form):
+@pytest.mark.parametrize("form", ["conversational prompt", "llava"])
+def test_evaluation_reads_the_same_forms(processor, media, form):
     row = {**FORMS[form], **{key: "0.png" if key == "image" else ["0.png"] for key in FORMS[form] if "image" in key}}
     rows = load_conversations(write(media, "one.jsonl", [row]), "train")
-    prompts = eval_script.Prompts(rows, processor)
-    (question,) = eval_script.read_questions(rows, None, r"\S+", processor.tokenizer)
+    prompts = Prompts(rows, processor)
+    (question,) = read_questions(rows, None, r"\S+", processor.tokenizer)
     assert (question.question, question.reference, question.row) == ("What?", "A cat.", 0)
     tail = processor.tokenizer("<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert prompts.distances == [len(tail)] and prompts[0]["pixel_values"].shape[0] == 64

@@ -1,1 +1,1 @@
-"""Conversations: their forms, where they come from, how they become tensors, and what is wrong with them."""
+"""From files and the Hub to batches: rows, conversations, tensors, and the validation before training."""

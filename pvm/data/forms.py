@@ -1,4 +1,4 @@
-"""The forms that conversations come in, each turned into the one form that everything else works on."""
+"""The supported forms of a data set row, all converted to one: [`Conversation`]."""
 
 import re
 from collections.abc import Sequence
@@ -9,86 +9,84 @@ from typing import Any
 from pvm.errors import UserError
 
 
-MEDIA = {"image": "images", "video": "videos"}  # type of a part: its column; the singular is a column's name, too
+MEDIA = {"image": "images", "video": "videos"}  # type of a part: its column, which may also have the singular name
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-MARKS = re.compile(r"\n?<(image|video)>\n?")  # LLaVA's; the line break beside a mark belongs to it
-# What the chat format is made of: in a text they would forge turns and images.
+PLACEHOLDERS = re.compile(r"\n?<(image|video)>\n?")  # as in LLaVA, including the line breaks around them
+# Tokens of the chat format. Inside a text they would be parsed as turns or images.
 RESERVED = re.compile(r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad)\|>")
-FORMS = (
-    "`messages`; `prompt` and `completion`; or `conversations` (LLaVA), each with `images` or `videos` if it has any"
-)
+FORMS = "`messages`, `prompt` and `completion`, or `conversations` (LLaVA), each with optional `images` or `videos`"
 
 
 @dataclass
 class Conversation:
     """
-    A row of any data set in the one internal form.
+    A row of any data set in the internal form.
 
-    messages (`list[dict]`): `{"role": "system" | "user" | "assistant", "content": parts}`, as chat templates take
-        them; a part is `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last message
-        is the assistant's. There are as many image and video parts as images and videos, in their order.
-    images (`list[dict]`): files not yet decoded, `{"path": str | None, "bytes": bytes | None}`.
-    videos (`list[dict]`): the same for video files; a video given as images has them in `frames` (`list[dict]`).
-    given (`int`): how many messages at the start are a prompt, whose answers are not to be learned.
+    messages (`list[dict]`): `{"role": "system" | "user" | "assistant", "content": parts}`, as chat templates expect
+        them. A part is `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last message
+        is from the assistant. Image and video parts match `images` and `videos` in number and order.
+    images (`list[dict]`): undecoded files, `{"path": str | None, "bytes": bytes | None}`.
+    videos (`list[dict]`): the same for video files; a video given as a list of images has them in `frames`.
+    prompt_messages (`int`): number of leading messages that form the prompt; their answers are not trained on.
     """
 
     messages: list[dict[str, Any]]
     images: list[dict[str, Any]] = field(default_factory=list)
     videos: list[dict[str, Any]] = field(default_factory=list)
-    given: int = 0
+    prompt_messages: int = 0
 
 
-def check_columns(columns: Sequence[str]) -> None:
+def check_columns(name: str, columns: Sequence[str]) -> None:
     """
     Raises:
-        UserError: if rows with these columns hold no conversation in any of the known forms.
+        UserError: if the columns of the data set `name` match none of the supported forms.
     """
     if not ({"messages", "conversations"} & set(columns) or {"prompt", "completion"} <= set(columns)):
         raise UserError(
-            f"no known form has its columns, {', '.join(columns)}. It needs {FORMS}. Rename the columns, or see "
-            "docs/data.md."
+            f"{name} has the columns {', '.join(columns)}, which match no supported form. It needs {FORMS}. Rename "
+            "the columns, or see docs/data.md."
         )
 
 
 def to_conversation(row: dict[str, Any], folder: Path | None = None) -> Conversation:
     """
-    The one function that reads a row, whatever its form: `messages`; or `prompt` and `completion`; or LLaVA's
-    `conversations`; the first of these that the row has.
+    Convert a row of any form. If it has the columns of several, the order is `messages`, `prompt` and `completion`,
+    `conversations`.
 
-    A content is a string or a list of parts. In a user's string, `<image>` and `<video>` stand for images and videos;
-    those that nothing stands for go before the first user message (trl's convention).
+    A content is a string or a list of parts. In a user's string, `<image>` and `<video>` are placeholders. Without
+    any placeholder, images and videos go before the first user message, as in trl.
 
     Args:
-        row (`dict`): its images are paths or `datasets`' undecoded images.
-        folder (`Path`, *optional*): where relative paths start.
+        row (`dict`): its images are paths or undecoded images of `datasets`.
+        folder (`Path`, *optional*): what relative paths are relative to.
 
     Raises:
-        UserError: for roles, contents or media that do not fit together.
+        UserError: if roles, contents or media are invalid or do not match.
     """
-    given = 0
+    prompt_messages = 0
     if row.get("messages") is not None:
         turns = _as_turns(row["messages"])
     elif row.get("completion") is not None and row.get("prompt") is not None:
         prompt, completion = _as_turns(row["prompt"], "user"), _as_turns(row["completion"], "assistant")
-        turns, given = prompt + completion, len(prompt)
+        turns, prompt_messages = prompt + completion, len(prompt)
     elif row.get("conversations") is not None:
         turns = [
             {"role": LLAVA_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
             for turn in _as_turns(row["conversations"])
         ]
     else:
-        raise UserError(f"there is no conversation in it. A row needs {FORMS}.")
+        raise UserError(f"the row has no conversation. It needs {FORMS}.")
 
     messages = [_message(index, turn) for index, turn in enumerate(turns)]
     if not messages or messages[-1]["role"] != "assistant":
-        raise UserError("the last message must be the assistant's: it is the answer to learn, or to compare with.")
+        raise UserError("the last message must be the answer to train on or to compare with, from the assistant.")
     images = [_file(value, "image", folder) for value in _media(row, "image")]
     videos = [_video(value, folder) for value in _media(row, "video")]
-    _place(messages, {"image": len(images), "video": len(videos)})
+    _match_placeholders(messages, {"image": len(images), "video": len(videos)})
     for index, message in enumerate(messages):
         if not message["content"]:
             raise UserError(f"message {index} ({message['role']}) is empty.")
-    return Conversation(messages, images, videos, given)
+    return Conversation(messages, images, videos, prompt_messages)
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -97,78 +95,72 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def _as_turns(value: Any, role: str | None = None) -> list[dict[str, Any]]:
+    """A list of messages; with a `role`, a string is one message."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise UserError(f"its messages are no list of messages, but {str(value)[:60]!r}.")
+        raise UserError(f"expected a list of messages, found {str(value)[:60]!r}.")
     return value
 
 
 def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is a list of parts, none of them an empty text."""
+    """The message with a list of parts as its content, without empty texts."""
     role, content = turn.get("role"), turn.get("content")
     if role not in LLAVA_ROLES.values():
         roles = "system, user or assistant (in LLaVA's form system, human or gpt)"
         raise UserError(f"message {index} has the role {role!r}; use {roles}.")
     if role == "system" and index > 0:
-        raise UserError(f"message {index} is the system's, which can only be the first: chat templates leave it out.")
-    if not isinstance(content, (str, list, type(None))):
-        raise UserError(
-            f"message {index} ({role}) has the content {content!r}, which is neither a string nor a list of parts."
-        )
+        raise UserError(f"message {index} has the role system, but chat templates ignore it except in message 0.")
     if isinstance(content, str):
-        content = _split_at_marks(content) if role == "user" else [{"type": "text", "text": content}]
-    if not all(isinstance(part, dict) for part in content or []):
-        raise UserError(f"message {index} has a content that is neither a string nor a list of parts.")
+        content = _split_at_placeholders(content) if role == "user" else [{"type": "text", "text": content}]
+    content = [] if content is None else content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise UserError(
+            f"the content of message {index} ({role}) is neither a string nor a list of parts: {str(content)[:60]}."
+        )
     parts = []
-    for part in content or []:
+    for part in content:
         kind, text = part.get("type"), "" if part.get("text") is None else part["text"]
         if not isinstance(text, str):
-            raise UserError(f"message {index} has a text that is no string, but {text!r}.")
+            raise UserError(f"message {index} has a text that is not a string: {text!r}.")
         if kind not in ("text", *MEDIA):
             raise UserError(f"message {index} has a part of type {kind!r}; use text, image or video.")
         if kind in MEDIA and role != "user":
-            raise UserError(f"message {index} ({role}) has a part of type {kind!r}; only the user can show one.")
-        if forged := RESERVED.search(text):
-            raise UserError(f"message {index} has {forged[0]} in its text, which is reserved for the chat format.")
+            raise UserError(f"message {index} ({role}) has a part of type {kind!r}, which only users can send.")
+        if reserved := RESERVED.search(text):
+            raise UserError(f"the text of message {index} contains {reserved[0]}, which the chat format reserves.")
         if kind in MEDIA or text:
             parts.append({"type": kind} if kind in MEDIA else {"type": "text", "text": text})
     if role == "assistant" and not any(part["text"].strip() for part in parts):
-        raise UserError(f"message {index}, the assistant's, has no text.")
+        raise UserError(f"message {index} (assistant) has no text.")
     return {"role": role, "content": parts}
 
 
-def _split_at_marks(text: str) -> list[dict[str, Any]]:
-    pieces = MARKS.split(text)  # text, kind, text, kind, ..., text
+def _split_at_placeholders(text: str) -> list[dict[str, Any]]:
+    pieces = PLACEHOLDERS.split(text)  # text, type, text, type, ..., text
     return [{"type": piece} if index % 2 else {"type": "text", "text": piece} for index, piece in enumerate(pieces)]
 
 
 def _media(row: dict[str, Any], kind: str) -> list:
-    given = [row[column] for column in (MEDIA[kind], kind) if row.get(column) not in (None, [])]
-    if len(given) > 1:
-        raise UserError(f"it has both `{MEDIA[kind]}` and `{kind}`, and only one can be meant. Remove one.")
-    if given and not isinstance(given[0], list):
-        return given
-    return given[0] if given else []
+    columns = [row[column] for column in (MEDIA[kind], kind) if row.get(column) not in (None, [])]
+    if len(columns) > 1:
+        raise UserError(f"the row has both `{MEDIA[kind]}` and `{kind}`. Remove one.")
+    if columns and not isinstance(columns[0], list):
+        return columns
+    return columns[0] if columns else []
 
 
 def _file(value: Any, kind: str, folder: Path | None) -> dict[str, Any]:
-    """`{"path", "bytes"}` of an image or video, with a path that can be opened from anywhere."""
-    if isinstance(value, dict):  # an image or video of `datasets`, not decoded
-        path, content = value.get("path"), value.get("bytes")
-    elif isinstance(value, str):
-        path, content = value, None
-    else:
-        raise UserError(f"one of its {MEDIA[kind]} is neither a path nor a file, but {value!r}.")
-    if not isinstance(path, (str, type(None))) or not isinstance(content, (bytes, type(None))):
-        raise UserError(f"one of its {MEDIA[kind]} is neither a path nor a file, but {str(value)[:60]}.")
+    """`{"path", "bytes"}` of an image or video. A local path is absolute."""
+    # `datasets` represents undecoded images and videos as dictionaries.
+    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
+    if not isinstance(path, str | None) or not isinstance(content, bytes | None):
+        raise UserError(f"one of the {MEDIA[kind]} is neither a path nor a file: {str(value)[:60]}.")
     if not path and not content:
-        raise UserError(f"one of its {MEDIA[kind]} is empty.")
+        raise UserError(f"one of the {MEDIA[kind]} is empty.")
     if content is None and "://" not in path and not Path(path).is_absolute():
         if folder is None:
-            raise UserError(
-                f"the {kind} {path} is a relative path, and only a local data set can have files beside it."
-            )
+            raise UserError(f"the {kind} {path} is a relative path, which only local data sets can use.")
         path = str(folder / path)
     return {"path": path, "bytes": content}
 
@@ -179,18 +171,18 @@ def _video(value: Any, folder: Path | None) -> dict[str, Any]:
     return {**_file(value, "video", folder), "frames": None}
 
 
-def _place(messages: list[dict[str, Any]], counts: dict[str, int]) -> None:
-    """Give every image and video its part: those that no part stands for go before the first user message."""
-    front = []
+def _match_placeholders(messages: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    """Check that there is a part for every image and video. If there is none at all, insert them."""
+    inserted = []
     for kind, count in counts.items():
-        parts = sum(part["type"] == kind for message in messages for part in message["content"])
-        if parts == 0:
-            front += [{"type": kind} for _ in range(count)]
-        elif parts != count:
-            raise UserError(f"{MEDIA[kind]}: {count}, but places for them in the messages: {parts}.")
-    if not front:
+        placeholders = sum(part["type"] == kind for message in messages for part in message["content"])
+        if placeholders == 0:
+            inserted += [{"type": kind} for _ in range(count)]
+        elif placeholders != count:
+            raise UserError(f"{MEDIA[kind]}: {count}, but {kind} placeholders in the messages: {placeholders}.")
+    if not inserted:
         return
     user = next((message for message in messages if message["role"] == "user"), None)
     if user is None:
-        raise UserError("there are images or videos, but no user message to show them in.")
-    user["content"] = front + user["content"]
+        raise UserError("the row has images or videos, but no user message to contain them.")
+    user["content"] = inserted + user["content"]

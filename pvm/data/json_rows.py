@@ -1,13 +1,14 @@
 """
-Rows of local JSON files, kept as the JSON text that they are until one is asked for.
+Rows of local JSON files, kept as JSON text until they are used.
 
-`datasets`' own reader makes columns of them. Where a column mixes strings and lists, as contents of messages do, that
-turns a string such as "7" or "true" into a number or a truth value, and takes the quotes off a quoted one.
+`datasets`' own JSON reader infers column types. Where a column mixes strings and lists, as the contents of messages
+do, it turns a string such as "7" or "true" into a number or a boolean, and removes quotes.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from pvm.errors import UserError
 
 
 JSON_ROW = Features({"file": Value("string"), "line": Value("int64"), "json": Value("string")})
+FIRST_ROWS = 100  # rows that determine which columns a file has
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonRows(GeneratorBasedBuilder):
-    """Files of JSON Lines, of one list, or of objects one after the other, as a data set of `JSON_ROW`s."""
+    """JSON Lines, a list, or consecutive objects, as a data set of `JSON_ROW`s."""
 
     def _info(self) -> DatasetInfo:
         return DatasetInfo(features=JSON_ROW)
@@ -40,13 +42,13 @@ class JsonRows(GeneratorBasedBuilder):
 
 def load_json(data_files: str | dict[str, list[str]], split: str, streaming: bool) -> Dataset | IterableDataset:
     """
-    Local JSON files as a data set of `JSON_ROW`s, cached as `datasets` caches what it reads.
+    Load local JSON files as a data set of `JSON_ROW`s, in the cache of `datasets`.
 
     Args:
         data_files (`str` or `dict[str, list[str]]`): a file, or the files of each split.
     """
     code = Path(__file__).read_text("utf-8")
-    builder = JsonRows(data_files=data_files, hash=Hasher.hash(code))  # the cache of another version is not read
+    builder = JsonRows(data_files=data_files, hash=Hasher.hash(code))  # other versions of this file have other caches
     if streaming:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
@@ -55,16 +57,16 @@ def load_json(data_files: str | dict[str, list[str]], split: str, streaming: boo
 
 def json_texts(file: str) -> Iterator[tuple[int, str]]:
     """
-    The rows of a file and the lines, from 1, where they begin; blank lines are none. JSON Lines are not looked into
-    here: a broken line is one bad row.
+    The rows of a file, each with the number of its first line, from 1. Blank lines are skipped. Lines of JSON Lines
+    are not parsed here, so that a broken line is one bad row.
 
     Raises:
-        UserError: if the file is not UTF-8, or is a list or objects over several lines and broken.
+        UserError: if the file is not UTF-8, or is a broken list or a broken sequence of objects.
     """
     try:
         with open(file, encoding="utf-8-sig") as stream:
             first = ""
-            while not first and (beginning := stream.readline(1000)):  # a line may be a list of a gigabyte
+            while not first and (beginning := stream.readline(1000)):  # a list of gigabytes may be one line
                 first = beginning.strip()
             stream.seek(0)
             if first.startswith("[") or first == "{":
@@ -72,44 +74,73 @@ def json_texts(file: str) -> Iterator[tuple[int, str]]:
             else:
                 yield from ((number, line.strip()) for number, line in enumerate(stream, start=1) if line.strip())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON: {error}.") from error
+        raise UserError(f"{file} is not valid JSON: {error}.") from error
 
 
 def _values(text: str) -> Iterator[tuple[int, str]]:
-    """The values in a list, or one after the other. Only one at a time is an object in memory."""
+    """The values of a list, or consecutive values. Only one at a time is held as an object."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     start = WHITESPACE.match(text).end()
-    listed = text.startswith("[", start)
-    if listed:
+    is_list = text.startswith("[", start)
+    if is_list:
         start = WHITESPACE.match(text, start + 1).end()
-    while start < len(text) and not (listed and text[start] == "]"):
+    while start < len(text) and not (is_list and text[start] == "]"):
         _, end = decoder.raw_decode(text, start)
         line, counted = line + text.count("\n", counted, start), start
         yield line, text[start:end]
         start = WHITESPACE.match(text, end).end()
-        if listed and text.startswith(",", start):
+        if is_list and text.startswith(",", start):
             start = WHITESPACE.match(text, start + 1).end()
-    if listed and text[start:].strip() != "]":
-        raise json.JSONDecodeError("Expecting the end of the list, and of the file", text, start)
+    if is_list and text[start:].strip() != "]":
+        raise json.JSONDecodeError("Expecting the end of the list and of the file", text, start)
 
 
-def parsed(row: dict[str, Any]) -> dict[str, Any]:
+def parse_row(row: dict[str, Any]) -> dict[str, Any]:
     """
-    A row of a data set as its file has it: a `JSON_ROW` is read, any other is that already.
+    Parse a `JSON_ROW`; a row of any other kind is returned as it is.
 
     Raises:
-        UserError: naming file and line, if there is no JSON object.
+        UserError: naming file and line, if it is not a JSON object.
     """
     if row.keys() != JSON_ROW.keys():
         return row
     place = f"line {row['line']} of {row['file']}"
     try:
         value = json.loads(row["json"])
-        if "\\ud" in row["json"].lower():  # half a character, which nothing could tokenize or write down
+        if "\\ud" in row["json"].lower():  # half of a surrogate pair can be neither tokenized nor written
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{place} is no JSON: {reason}. Mend or remove it.") from error
+        raise UserError(f"{place} is not valid JSON: {reason}. Fix or remove it.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{place} is no JSON object, but {row['json'][:60]}. Mend or remove it.")
+        raise UserError(f"{place} is not a JSON object: {row['json'][:60]}. Fix or remove it.")
     return value
+
+
+def json_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """
+    The columns of the first `FIRST_ROWS` rows, each of which may have others. Broken rows have none.
+
+    Raises:
+        UserError: if all of these rows are broken.
+    """
+    columns, problem = {}, None
+    for row in islice(rows, FIRST_ROWS):
+        try:
+            columns |= dict.fromkeys(parse_row(row))
+        except UserError as error:
+            problem = problem or error
+    if problem is not None and not columns:
+        raise problem
+    return list(columns)
+
+
+def json_column(rows: Iterable[dict[str, Any]], name: str) -> list:
+    """The values of a column, `None` for rows that do not have it or are broken."""
+    values = []
+    for row in rows:
+        try:
+            values.append(parse_row(row).get(name))
+        except UserError:  # reported when the row is used
+            values.append(None)
+    return values

@@ -1,4 +1,4 @@
-"""Every row is tried before training, by the code that training uses: what is in the data, and what cannot be used."""
+"""Validation before training: every row is encoded once, statistics are collected, and unusable rows are left out."""
 
 import json
 from collections.abc import Sequence
@@ -16,23 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
-from pvm.data import encoding, forms, json_rows
-from pvm.data import sources as sources_module
-from pvm.data.encoding import (
-    WATCH_AFTER,
-    ConversationDataset,
-    ConversationEncoder,
-    ConversationStream,
-    no_visuals,
-    processor_state,
-)
-from pvm.data.sources import Conversations, DataArguments, Mixture, load_sources, load_streams
+from pvm.data.encoding import ConversationDataset, ConversationEncoder, processor_state
+from pvm.data.sources import Conversations, DataArguments, Mixture, load_sources
+from pvm.data.streams import WATCH_AFTER, ConversationStream, load_streams
 from pvm.errors import SetupError, UserError
 
 
-SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # the only files that a new run replaces
-CHANGED = " It could be used when it was checked: if files have changed, check again with --overwrite_cache true."
-SHOWN_ROWS = 3  # bad rows that an error names; the dry run shows ten times as many
+SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # a new run may overwrite these files only
+CHANGED = " It was usable when it was checked. If files have changed, check again with --overwrite_cache true."
+SHOWN_ROWS = 3  # unusable rows that an error lists; a dry run prints ten times as many
 COUNTS = ("length", "visual_tokens", "label_tokens")
 CHECKED = Features({"row": Value("int64"), "problem": Value("string"), **{key: Value("int32") for key in COUNTS}})
 
@@ -45,24 +37,24 @@ def load_training_data(
     console: Console,
 ) -> ConversationDataset | ConversationStream | None:
     """
-    The data of a training run, every row checked, or checked as it comes if the data is streamed.
+    The data of a training run, with every row checked; rows of a stream are checked when they are read.
 
     Args:
-        needs_visuals (`bool`): refuse data without an image or a video.
-        console (`rich.console.Console`): the main process prints what the data is.
+        needs_visuals (`bool`): refuse data without any image or video.
+        console (`rich.console.Console`): where the main process prints what the data is.
 
     Returns:
         `ConversationDataset`, `ConversationStream`, or `None` after a dry run.
 
     Raises:
-        UserError: if the data cannot be read, too many rows cannot be used, or no row has an image that needs one;
-            after a dry run, too.
+        UserError: if the data cannot be read, too many rows are unusable, or images are needed and there are none;
+            also at the end of a dry run.
     """
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     settings = {"max_length": arguments.max_length, "train_on": arguments.train_on}
     if arguments.streaming:
         if training_args.max_steps < 1:
-            raise UserError("--streaming true needs --max_steps: how many rows a stream has is not known.")
+            raise UserError("--streaming true needs --max_steps, because the number of rows is unknown.")
         streams = load_streams(arguments)
         readers = training_args.world_size * max(1, training_args.dataloader_num_workers)
         check_streams(streams, arguments.dataset_name, readers, needs_visuals)
@@ -70,7 +62,7 @@ def load_training_data(
         rank, world_size = training_args.process_index, training_args.world_size
         return ConversationStream(streams, encoder, arguments, training_args.output_dir, seed, rank, world_size)
 
-    # The main process does the work, the others find it in the cache.
+    # The main process does the work; the others read its results from the cache.
     with training_args.main_process_first(desc="checking the data"):
         sources = load_sources(arguments)
         checks = [
@@ -85,52 +77,50 @@ def load_training_data(
         seed,
     )
     report = describe([source.name for source in sources], checks, usable, mixture)
-    output_dir = Path(training_args.output_dir)
-    # The folder may hold a run already, which has rows skipped that a dry run says nothing about.
-    written = output_dir / (DRY_RUN if arguments.dry_run else SKIPPED_ROWS)
+    # A dry run leaves the skipped rows of a run in the same folder alone.
+    path = Path(training_args.output_dir) / (DRY_RUN if arguments.dry_run else SKIPPED_ROWS)
     if training_args.process_index == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if arguments.dry_run:
-            written.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
             for table in tables(report):
                 console.print(table)
-            console.print(f"Written: {written}", highlight=False)
+            console.print(f"Written: {path}", highlight=False)
         else:
-            with open(written, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report["refused"])
-            console.print(summary(report, written), highlight=False)
-    problem = _objection(report, arguments, needs_visuals, written)
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report["refused"]), "utf-8")
+            console.print(summary(report, path), highlight=False)
+    problem = _problem(report, arguments, needs_visuals, path)
     if problem:
         raise UserError(f"A training would stop here: {problem}" if arguments.dry_run else problem)
     if arguments.dry_run:
-        console.print("A training would go on from here.")
+        console.print("A training would continue from here.")
         return None
     return ConversationDataset(mixture, processor, advice=CHANGED, **settings)
 
 
 def check_streams(streams: Sequence[IterableDataset], names: Sequence[str], readers: int, needs_visuals: bool) -> None:
     """
-    Refuse what would end a training later, on all ranks alike.
+    Check the first rows of streams, with the same result on all ranks.
 
     Args:
-        streams (`Sequence[datasets.IterableDataset]`): of [`load_streams`].
-        names (`Sequence[str]`): of the data sets.
-        readers (`int`): processes, or their workers, that share the rows.
-        needs_visuals (`bool`): refuse data without an image or a video in its first rows.
+        streams (`Sequence[datasets.IterableDataset]`): see [`load_streams`].
+        names (`Sequence[str]`): names of the data sets.
+        readers (`int`): processes, or all their data loader workers, that share the rows.
+        needs_visuals (`bool`): refuse streams without an image or a video in their first rows.
 
     Raises:
-        UserError: if there are fewer rows than readers, or no image that is needed.
+        UserError: if there are fewer rows than readers, or images are needed and there are none.
     """
     for name, stream in zip(names, streams):
         rows = sum(1 for _ in stream.take(readers))
         if rows < readers:
             raise UserError(
-                f"{name} has {rows} rows for {readers} readers, the processes and their --dataloader_num_workers. "
-                "Leave --streaming out, or take fewer."
+                f"{name} has {rows} rows for {readers} readers (the processes with their --dataloader_num_workers). "
+                "Leave out --streaming, or use fewer."
             )
     first = (record for stream in streams for record in islice(stream, WATCH_AFTER))
     if needs_visuals and not any(record["images"] or record["videos"] for record in first):
-        raise UserError(no_visuals(f"None of the first {WATCH_AFTER} rows of {' '.join(names)}"))
+        raise UserError(_no_visuals(f"None of the first {WATCH_AFTER} rows of {' '.join(names)}"))
 
 
 def check_rows(
@@ -141,20 +131,20 @@ def check_rows(
     overwrite_cache: bool = False,
 ) -> Dataset:
     """
-    Make model inputs of every row once, and remember only what they are. Cached: the same rows, processor,
-    settings and code are not gone through again.
+    Encode every row once and keep its problem or its numbers of tokens. The result is cached by rows, processor,
+    settings and code. The tensors are not: pixel values take too much disk space.
 
     Args:
-        settings (`dict`): of the [`ConversationEncoder`].
-        num_workers (`int`): processes that share the work.
-        overwrite_cache (`bool`): do it again.
+        settings (`dict`): arguments of the [`ConversationEncoder`].
+        num_workers (`int`): number of processes.
+        overwrite_cache (`bool`): ignore an earlier result.
 
     Returns:
-        `datasets.Dataset`: for each conversation `row`, its number in the data set; `problem`, `None` if it can be
-        used; `length`, `visual_tokens` and `label_tokens` in tokens, 0 if not.
+        `datasets.Dataset`: for each conversation `row`, its number in the data set; `problem`, `None` if it is usable;
+        `length`, `visual_tokens` and `label_tokens`, 0 if it is not.
 
     Raises:
-        SetupError: if there are videos and nothing to read them with.
+        SetupError: if there are videos and PyAV is not installed.
     """
     fingerprint = Hasher.hash(
         [
@@ -164,10 +154,7 @@ def check_rows(
             processor_state(processor),
             settings,
             transformers.__version__,
-            [
-                Path(file).read_text("utf-8")
-                for file in (encoding.__file__, forms.__file__, json_rows.__file__, sources_module.__file__, __file__)
-            ],
+            [file.read_text("utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))],
         ]
     )
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "pvm_checks"
@@ -207,36 +194,36 @@ def describe(
     names: Sequence[str], checks: Sequence[Dataset], usable: Sequence[np.ndarray], mixture: Mixture
 ) -> dict[str, Any]:
     """
-    What the data is, as plain numbers: `sources`, with what each contributes to an epoch; `quantiles` of the lengths
-    in an epoch; and the rows `refused`.
+    Statistics of the data: `sources`, with the share of each in an epoch; `quantiles` of the lengths in an epoch; and
+    the `refused` rows.
 
     Args:
-        names (`Sequence[str]`): of the data sets.
+        names (`Sequence[str]`): names of the data sets.
         checks (`Sequence[Dataset]`): [`check_rows`] of each.
-        usable (`Sequence[np.ndarray]`): the indices in it of the rows that can be used.
-        mixture (`Mixture`): of those rows, an epoch.
+        usable (`Sequence[np.ndarray]`): indices of the usable rows in each check.
+        mixture (`Mixture`): the usable rows of an epoch.
     """
     counts = [
         np.stack([np.asarray(check[key][:], dtype=np.int64)[indices] for key in COUNTS], axis=1)
         for check, indices in zip(checks, usable)
     ]
     parts, indices = np.asarray(mixture.places, dtype=np.int64).reshape(-1, 2).T
-    epoch = [count[indices[parts == part]] for part, count in enumerate(counts)]
-    together = np.concatenate(epoch)
+    by_source = [count[indices[parts == part]] for part, count in enumerate(counts)]
+    epoch = np.concatenate(by_source)
     sources = [
         {
             "name": name,
             "rows": len(check),
             "refused": len(check) - len(kept),
-            "epoch_rows": len(mine),
-            **dict(zip(("tokens", "visual_tokens", "label_tokens"), mine.sum(axis=0).tolist())),
+            "epoch_rows": len(rows),
+            **dict(zip(("tokens", "visual_tokens", "label_tokens"), rows.sum(axis=0).tolist())),
         }
-        for name, check, kept, mine in zip(names, checks, usable, epoch)
+        for name, check, kept, rows in zip(names, checks, usable, by_source)
     ]
     quantiles = {}
-    if len(together):
+    if len(epoch):
         for label, share in (("least", 0), ("half", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("most", 1)):
-            values = np.quantile(together, share, axis=0, method="nearest").tolist()
+            values = np.quantile(epoch, share, axis=0, method="nearest").tolist()
             quantiles[label] = dict(zip(COUNTS, values))
     refused = [
         {"dataset": name, "row": row, "problem": problem}
@@ -252,12 +239,11 @@ def tables(report: dict[str, Any]) -> list[Table]:
     tokens = max(1, sum(source["tokens"] for source in report["sources"]))
     by_source = _table(
         "data sets",
-        ("data set", "rows", "refused", "epoch", "tokens", "share", "visual", "learned"),
+        ("data set", "rows", "refused", "epoch", "tokens", "share", "visual", "labels"),
         [
             (
                 source["name"],
-                *(f"{source[key]:,}" for key in ("rows", "refused", "epoch_rows")),
-                f"{source['tokens']:,}",
+                *(f"{source[key]:,}" for key in ("rows", "refused", "epoch_rows", "tokens")),
                 f"{source['tokens'] / tokens:.1%}",
                 *(f"{source[key]:,}" for key in ("visual_tokens", "label_tokens")),
             )
@@ -272,15 +258,15 @@ def tables(report: dict[str, Any]) -> list[Table]:
     refused = report["refused"]
     shown = refused[: 10 * SHOWN_ROWS]
     title = f"refused rows, {len(shown)} of {len(refused)}" if len(shown) < len(refused) else "refused rows"
-    bad = _table(title, ("data set", "row", "problem"), [(r["dataset"], f"{r['row']}", r["problem"]) for r in shown])
-    bad.columns[-1].justify, bad.columns[-1].no_wrap = "left", False
-    return [by_source, lengths, *([bad] if refused else [])]
+    problems = _table(title, ("data set", "row", "problem"), [tuple(map(str, row.values())) for row in shown])
+    problems.columns[-1].justify, problems.columns[-1].no_wrap = "left", False
+    return [by_source, lengths, *([problems] if refused else [])]
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for index, heading in enumerate(headings):
-        # A name is broken into lines rather than cut, and a number neither.
+        # Names are wrapped and numbers kept on one line, so that neither is cut off.
         table.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     for row in rows:
         table.add_row(*row)
@@ -288,33 +274,37 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 
 def summary(report: dict[str, Any], path: Path) -> str:
-    """What a training says about its data."""
-    sources = report["sources"]
+    """What a training prints about its data."""
     rows, tokens, visual = (
-        sum(source[key] for source in sources) for key in ("epoch_rows", "tokens", "visual_tokens")
+        sum(source[key] for source in report["sources"]) for key in ("epoch_rows", "tokens", "visual_tokens")
     )
-    sentence = f"{rows:,} conversations an epoch, {tokens:,} tokens, {visual:,} of them visual."
+    sentence = f"{rows:,} conversations per epoch, {tokens:,} tokens, {visual:,} of them visual."
     if refused := len(report["refused"]):
-        sentence += f" Skipped {refused:,} rows that cannot be used: {path}"
+        sentence += f" Skipped {refused:,} unusable rows, listed in {path}"
     return sentence
 
 
-def _objection(report: dict[str, Any], arguments: DataArguments, needs_visuals: bool, path: Path) -> str | None:
-    """Why a training must not go on with this data, if it must not."""
-    sources, refused = report["sources"], report["refused"]
-    for source in sources:  # each for itself: in a mixture a whole data set must not vanish
+def _problem(report: dict[str, Any], arguments: DataArguments, needs_visuals: bool, path: Path) -> str | None:
+    """Why a training with this data must stop, `None` if it need not."""
+    for source in report["sources"]:  # each on its own, so that no small data set vanishes in a mixture
         if source["refused"] <= arguments.max_skipped * source["rows"]:
             continue
-        mine = [row for row in refused if row["dataset"] == source["name"]]
-        first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in mine[:SHOWN_ROWS])
+        refused = [row for row in report["refused"] if row["dataset"] == source["name"]]
+        first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in refused[:SHOWN_ROWS])
         return (
-            f"{len(mine):,} of {source['rows']:,} rows of {source['name']} cannot be used, more than --max_skipped "
-            f"{arguments.max_skipped:g}. "
-            f"{path} names them all; the first:{first}\n"
-            "Results are cached: after mending files that rows only name, add --overwrite_cache true."
+            f"{len(refused):,} of {source['rows']:,} rows of {source['name']} cannot be used, more than --max_skipped "
+            f"{arguments.max_skipped:g} allows. {path} lists them; the first:{first}\n"
+            "Results are cached: after fixing files that rows refer to, add --overwrite_cache true."
         )
-    if not any(source["epoch_rows"] for source in sources):
+    if not any(source["epoch_rows"] for source in report["sources"]):
         return "No row can be used."
-    if needs_visuals and not any(source["visual_tokens"] for source in sources):
-        return no_visuals(f"No row of {' '.join(source['name'] for source in sources)}")
+    if needs_visuals and not any(source["visual_tokens"] for source in report["sources"]):
+        return _no_visuals(f"No row of {' '.join(source['name'] for source in report['sources'])}")
     return None
+
+
+def _no_visuals(subject: str) -> str:
+    return (
+        f"{subject} has an image or a video, without which PVM branches learn nothing. Check the columns `images` and "
+        "`videos`, or use --method lora or full."
+    )
