@@ -1,7 +1,8 @@
 """
-What is taken from a model while it answers, to see what its answers rest on.
+Ablations: what is removed from a model while it answers, to see what its answers depend on.
 
-All of it goes through the model's own seams: the switch of a call, the pixels, what stands in the cache, the mask.
+They change nothing of the model, only the `use_pvm` argument, the images, the visual memory in the cache or the
+attention mask.
 """
 
 import hashlib
@@ -13,109 +14,132 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, PreTrainedModel
 
-from modeling_qwen3vl_pvm import read_visual_memory, write_visual_memory
+from cache_qwen3vl_pvm import get_visual_memory, set_visual_memory
+from pvm.checkpoints.names import branch_block, branch_layers
 from pvm.data.encoding import read_image
 from pvm.data.forms import Conversation
 from pvm.data.sources import Conversations
 from pvm.errors import UserError
+from variants_qwen3vl_pvm import BLOCKS
 
 
-# What a report says of each.
-KNOCK_OUTS = {
+ABLATIONS = {
     "branch_off": "the branches are off",
-    "branch_alone": "one branch is on and the others are off; for each branch",
-    "blank_image": "every image is uniformly gray",
+    "branch_alone": "all branches but one are off; once for each branch",
+    "blank_image": "every image is gray",
     "another_image": "the images are those of another row",
-    "another_memory": "self-attention sees the row's own images, and the branches those of another row",
-    "hidden_image": "self-attention of the text after the last image sees none; the branches do",
-    "blind": "neither self-attention of the text after the last image nor the branches see any",
+    "another_memory": "branches attend to the images of another row, self-attention to the row's own",
+    "hidden_image": "text after the last image cannot attend to the images in self-attention; the branches can",
+    "blind": "text after the last image cannot attend to the images, neither in self-attention nor in the branches",
 }
-# Those in which the prompt is read in two parts, the second after the last image.
-SPLIT = ("another_memory", "hidden_image", "blind")
-NEEDS_MEMORY = ("another_memory", "hidden_image")
-NEEDS_BRANCHES = ("branch_off", "branch_alone", *NEEDS_MEMORY)
+# What an ablation needs or changes. Videos are supported by those of branches only.
+OF_BRANCHES = ("branch_off", "branch_alone")
+OF_MEMORY = ("another_memory", "hidden_image")
+CHANGED_IMAGES = ("blank_image", "another_image", "another_memory")
+# The prompt is processed in two parts, the second of which is the text after the last image.
+IN_TWO_PARTS = ("another_memory", "hidden_image", "blind")
 
 
-@dataclass
-class KnockOut:
+@dataclass(frozen=True)
+class Ablation:
     """
-    kind (`str`): a key of `KNOCK_OUTS`, or "nothing".
-    layer (`int`, *optional*): of the branch that is left alone.
+    kind (`str`): a key of `ABLATIONS`, or "none".
+    layer (`int`, *optional*): with "branch_alone", the layer of the branch that stays on.
     """
 
-    kind: str = "nothing"
+    kind: str = "none"
     layer: int | None = None
 
     @property
-    def name(self) -> str:
-        """What is appended to a model's name."""
+    def suffix(self) -> str:
+        """What is appended to the model's name."""
         layer = "" if self.layer is None else f" layer {self.layer}"
-        return "" if self.kind == "nothing" else f" - {self.kind.replace('_', ' ')}{layer}"
+        return "" if self.kind == "none" else f" - {self.kind.replace('_', ' ')}{layer}"
 
     @property
     def use_pvm(self) -> bool | list[int]:
-        """The switch of a call."""
+        """The model's argument."""
         return [self.layer] if self.kind == "branch_alone" else self.kind not in ("branch_off", "blind")
 
 
-def knock_outs(kinds: Sequence[str], layers: Sequence[int], reads_images: bool) -> list[KnockOut]:
+INTACT = Ablation()
+
+
+def ablations_of(path: str, kinds: Sequence[str]) -> list[Ablation]:
     """
-    The intact model first, then what can be taken from it; `branch_alone` once for each layer with a branch.
+    The ablations that apply to a checkpoint, after the intact model: those of branches need branches, those of memory
+    branches that read the image.
 
     Args:
-        layers (`Sequence[int]`): decoder layers with a branch.
-        reads_images (`bool`): whether the branches have a memory to take.
+        path (`str`): folder or Hub name.
+        kinds (`Sequence[str]`): the ablations to choose from.
     """
-    chosen = [KnockOut()]
+    block, layers = branch_block(path), branch_layers(path)
+    ablations = [INTACT]
     for kind in kinds:
         if kind == "branch_alone":
-            chosen += [KnockOut(kind, layer) for layer in layers]
-        elif (layers or kind not in NEEDS_BRANCHES) and (reads_images or kind not in NEEDS_MEMORY):
-            chosen.append(KnockOut(kind))
-    return chosen
+            ablations += [Ablation(kind, layer) for layer in layers]
+        elif not (
+            (kind in OF_BRANCHES and block is None)
+            or (kind in OF_MEMORY and (block is None or not BLOCKS[block].reads_image))
+        ):
+            ablations.append(Ablation(kind))
+    return ablations
+
+
+def check_ablations(kinds: Sequence[str], paths: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: if an ablation applies to none of the checkpoints.
+    """
+    possible = {ablation.kind for path in paths for ablation in ablations_of(path, kinds)}
+    for kind in kinds:
+        if kind not in possible:
+            branches = "PVM branches" if kind in OF_BRANCHES else "PVM branches that read the image"
+            raise UserError(f"--ablations {kind}: none of the models has {branches}.")
 
 
 def refuse_videos(conversations: Conversations) -> None:
     """
     Raises:
-        UserError: naming the row, if one has a video: what knock-outs do to images, they do not do to videos.
+        UserError: naming the row, if one has a video.
     """
     for index in range(len(conversations)):
         if conversations[index].videos:
-            raise UserError(f"{conversations.where(index)}: knock-outs of images take no videos.")
+            raise UserError(f"{conversations.where(index)}: ablations of images do not support videos.")
 
 
 class ChangedImages:
     """
-    Conversations whose images are gray, or those of another row: the next one that has as many, but others, scaled to
-    the same sizes.
+    Conversations with gray images, or with those of another row: the next one with as many images, all of them
+    different. They are scaled to the size of the row's own.
 
     Args:
-        conversations (`Conversations`): the rows.
+        conversations (`Conversations`): the rows, without videos.
         blank (`bool`): gray images.
 
     Raises:
-        UserError: if a row has a video, or no other row has as many images and others.
+        UserError: if there is no such other row.
     """
 
     def __init__(self, conversations: Conversations, blank: bool):
-        refuse_videos(conversations)
         self.conversations, self.blank = conversations, blank
-        pictures = [
-            [_fingerprint(image) for image in conversations[index].images] for index in range(len(conversations))
-        ]
-        rows: dict[int, list[int]] = {}
-        for index, shown in enumerate(pictures):
-            rows.setdefault(len(shown), []).append(index)
         self.others = list(range(len(conversations)))
+        if blank:
+            return
+        # By content: rows may share an image, also under several file names.
+        images = [{_fingerprint(image) for image in conversations[index].images} for index in self.others]
+        rows: dict[int, list[int]] = {}
+        for index in range(len(conversations)):
+            if count := len(conversations[index].images):
+                rows.setdefault(count, []).append(index)
         for count, same in rows.items():
-            for k, index in enumerate(same if count and not blank else []):
-                following = (same[(k + step) % len(same)] for step in range(1, len(same)))
-                other = next((row for row in following if not set(pictures[row]) & set(pictures[index])), None)
+            for k, index in enumerate(same):
+                following = same[k + 1 :] + same[:k]
+                other = next((row for row in following if images[row].isdisjoint(images[index])), None)
                 if other is None:
                     raise UserError(
-                        f"{conversations.where(index)}: no other row has {count} images, all of them others, to show "
-                        "instead."
+                        f"{conversations.where(index)}: no other row has {count} images that are all different."
                     )
                 self.others[index] = other
 
@@ -126,39 +150,38 @@ class ChangedImages:
         conversation = self.conversations[index]
         sizes = [read_image(image).size for image in conversation.images]
         if self.blank:
-            pictures = [Image.new("RGB", size, (128, 128, 128)) for size in sizes]
+            images = [Image.new("RGB", size, (128, 128, 128)) for size in sizes]
         else:
             others = self.conversations[self.others[index]].images
-            pictures = [read_image(other).resize(size) for other, size in zip(others, sizes)]
-        return replace(conversation, images=[_as_file(picture) for picture in pictures])
+            images = [read_image(other).resize(size) for other, size in zip(others, sizes)]
+        return replace(conversation, images=[_as_file(image) for image in images])
 
     def where(self, index: int) -> str:
         return self.conversations.where(index)
 
 
 def _fingerprint(image: dict) -> str:
-    """Of what is seen: a picture may lie under several names, or in several rows."""
     picture = read_image(image)
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
-def _as_file(picture: Image.Image) -> dict:
+def _as_file(image: Image.Image) -> dict:
     content = BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     return {"path": None, "bytes": content.getvalue()}
 
 
-def generate_split(
+def generate_in_two_parts(
     model: PreTrainedModel,
     batch: dict[str, torch.Tensor],
     other: dict[str, torch.Tensor] | None,
     distance: int,
-    knock_out: KnockOut,
+    ablation: Ablation,
     max_new_tokens: int,
     ends: torch.LongTensor,
 ) -> torch.LongTensor:
     """
-    Greedy answers to prompts that are read in two parts, with something taken away between them.
+    Greedy answers to prompts of which images are processed intact and the text after them with an ablation.
 
     Args:
         batch: left-padded inputs `[batch, sequence]` whose last visual token is `distance + 1` tokens before the end.
@@ -167,46 +190,48 @@ def generate_split(
         ends (`torch.LongTensor` `[n]`): tokens that end an answer.
 
     Returns:
-        `torch.LongTensor` `[batch, at most max_new_tokens]`; after its end a row goes on with that token.
+        `torch.LongTensor` `[batch, at most max_new_tokens]`; an answer that ends early is filled up with its end
+        token.
     """
-    cache, positions = read_images(model, batch, distance)
-    if knock_out.kind == "another_memory":
-        other_cache, _ = read_images(model, other, distance)
-        for layer_idx in model.config.text_config.pvm_layers:
-            write_visual_memory(cache, layer_idx, read_visual_memory(other_cache, layer_idx))
+    cache, positions = process_images(model, batch, distance)
+    if ablation.kind == "another_memory":
+        other_cache, _ = process_images(model, other, distance)
+        set_visual_memory(cache, get_visual_memory(other_cache))
     mask = batch["attention_mask"].clone()
-    if knock_out.kind in ("hidden_image", "blind"):
+    if ablation.kind in ("hidden_image", "blind"):
         mask[batch["mm_token_type_ids"] > 0] = 0
 
-    # The stock model knows no switch.
-    switch = {} if knock_out.use_pvm is True else {"use_pvm": knock_out.use_pvm}
+    # The stock class does not accept `use_pvm`.
+    use_pvm = {} if ablation.use_pvm is True else {"use_pvm": ablation.use_pvm}
     tokens, position_ids = batch["input_ids"][:, -distance:], positions[..., -distance:]
+    ends = ends.to(tokens.device)
     answers: list[torch.Tensor] = []
     while len(answers) < max_new_tokens:
         logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, **switch,
+            input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, **use_pvm,
             logits_to_keep=1,
         ).logits  # fmt: skip
         tokens = logits[:, -1:].argmax(dim=-1)
         if answers:
-            ended = torch.isin(answers[-1], ends.to(tokens.device))
-            tokens = torch.where(ended, answers[-1], tokens)
+            tokens = torch.where(torch.isin(answers[-1], ends), answers[-1], tokens)
         answers.append(tokens)
-        if torch.isin(tokens, ends.to(tokens.device)).all():
+        if torch.isin(tokens, ends).all():
             break
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         position_ids = position_ids[..., -1:] + 1
     return torch.cat(answers, dim=1)
 
 
-def read_images(
+def process_images(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], distance: int
 ) -> tuple[DynamicCache, torch.LongTensor]:
     """
-    The cache after all but the last `distance` tokens of the prompts, their images and videos among them, and the
-    rotary positions `[3, batch, sequence]` of all.
+    The first part of prompts, all but the last `distance` tokens, with all images and videos.
+
+    Returns:
+        The cache, and the rotary positions `[3, batch, sequence]` of the whole prompts.
     """
-    images = {key: batch[key] for key in ("pixel_values", "pixel_values_videos") if key in batch}
+    pixels = {key: batch[key] for key in ("pixel_values", "pixel_values_videos") if key in batch}
     grids = {key: batch.get(key) for key in ("image_grid_thw", "video_grid_thw")}
     positions, _ = model.model.get_rope_index(
         batch["input_ids"], batch["mm_token_type_ids"], *grids.values(), batch["attention_mask"]
@@ -216,7 +241,7 @@ def read_images(
         input_ids=batch["input_ids"][:, :-distance],
         attention_mask=batch["attention_mask"][:, :-distance],
         mm_token_type_ids=batch["mm_token_type_ids"][:, :-distance],
-        **images,
+        **pixels,
         **{key: grid for key, grid in grids.items() if grid is not None},
         position_ids=positions[..., :-distance],
         past_key_values=cache,

@@ -1,4 +1,4 @@
-"""Greedy answers to all questions, a batch at a time; a run that was interrupted goes on where it stopped."""
+"""Greedy answers to all questions, batch by batch."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pvm.checkpoints.loading import Checkpoint
 from pvm.data.encoding import ConversationCollator
-from pvm.evaluation.ablations import SPLIT, KnockOut, generate_split
+from pvm.evaluation.ablations import IN_TWO_PARTS, INTACT, Ablation, generate_in_two_parts
 from pvm.evaluation.questions import Prompts
 
 
@@ -20,8 +20,8 @@ from pvm.evaluation.questions import Prompts
 class Answer:
     """
     prediction (`str`): the text.
-    length (`int`): its tokens, the one that ends it not counted.
-    cut (`bool`): whether it had not ended at its limit.
+    length (`int`): its tokens, without the end token.
+    cut (`bool`): whether it reached its length limit before its end.
     """
 
     prediction: str
@@ -30,7 +30,7 @@ class Answer:
 
 
 def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) -> list[list[int]]:
-    """Indices of rows of equal kind and like lengths. The longest come first: memory fails at once or never."""
+    """Indices of rows of equal kind and similar length. The longest come first: memory runs out at once or never."""
     batches = []
     for kind in sorted(set(kinds), reverse=True):
         rows = [index for index in range(len(lengths)) if kinds[index] == kind]
@@ -40,11 +40,8 @@ def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) 
 
 
 def read_journal(file: Path) -> dict[int, Answer]:
-    """
-    The answers by row that an interrupted run has left. A line that it was writing is cut off, so that the next one
-    begins anew.
-    """
-    answers, whole = {}, 0
+    """The answers by row in the journal of an interrupted run. An incomplete last line is removed from the file."""
+    answers, complete = {}, 0
     for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
         if not line.endswith(b"\n"):
             break
@@ -54,9 +51,9 @@ def read_journal(file: Path) -> dict[int, Answer]:
             answers[row] = Answer(**entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             break
-        whole += len(line)
+        complete += len(line)
     if file.is_file():
-        os.truncate(file, whole)
+        os.truncate(file, complete)
     return answers
 
 
@@ -66,8 +63,8 @@ def answer(
     prompts: Prompts,
     limits: Sequence[int],
     batch_size: int,
-    name: str,
-    knock_out: KnockOut | None = None,
+    label: str,
+    ablation: Ablation = INTACT,
     others: Prompts | None = None,
     journal: Path | None = None,
 ) -> list[Answer]:
@@ -75,43 +72,44 @@ def answer(
     Greedy answers of a model to all prompts.
 
     Args:
-        knock_out (`KnockOut`, *optional*): what is taken from the model.
-        others (`Prompts`, *optional*): the same prompts with images of other rows, where it needs them.
-        journal (`Path`, *optional*): a file to which each batch is added once it is answered. Batches that are in it
-            are not answered again.
+        limits (`Sequence[int]`): most tokens of each answer.
+        label (`str`): of the progress bar.
+        ablation (`Ablation`): what is removed from the model.
+        others (`Prompts`, *optional*): the same prompts with images of other rows, for `another_memory`.
+        journal (`Path`, *optional*): the file to which each answered batch is appended; answers in it are reused.
     """
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
-    knock_out = knock_out or KnockOut()
     collator = ConversationCollator(tokenizer.pad_token_id, padding_side="left")
     ends = torch.tensor(model.generation_config.eos_token_id)
-    # Prompts in two parts are parted at the same place. Those without an image lack nothing.
-    parted = [None if knock_out.kind not in SPLIT else distance for distance in prompts.distances]
-    kinds = [(limit, distance or 0) for limit, distance in zip(limits, parted)]
+    # All prompts of a batch are split at the same place. A prompt without an image is not split: nothing changes.
+    splits = [distance or 0 if ablation.kind in IN_TWO_PARTS else 0 for distance in prompts.distances]
+    kinds = list(zip(limits, splits))
 
-    def inputs(made: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {key: value.to(model.device) for key, value in collator([made[row] for row in rows]).items()}
+    def inputs(prompts: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {key: value.to(model.device) for key, value in collator([prompts[row] for row in rows]).items()}
 
     answers = {} if journal is None else read_journal(journal)
     batches = make_batches(prompts.lengths, kinds, batch_size)
     left = [rows for rows in batches if not all(row in answers for row in rows)]
-    with tqdm(total=len(limits), initial=len(limits) - sum(map(len, left)), desc=name, unit="row") as bar:
+    with tqdm(total=len(limits), initial=len(limits) - sum(map(len, left)), desc=label, unit="row") as bar:
         for rows in left:
             batch, (limit, distance) = inputs(prompts, rows), kinds[rows[0]]
             if distance:
                 other = None if others is None else inputs(others, rows)
-                generated = generate_split(
-                    checkpoint.plain_model, batch, other, distance, knock_out, limit, ends
+                generated = generate_in_two_parts(
+                    checkpoint.plain_model, batch, other, distance, ablation, limit, ends
                 ).cpu()
             else:
-                has_switch = bool(checkpoint.description.gates) and knock_out.use_pvm is not True
-                switch = {"use_pvm": knock_out.use_pvm} if has_switch else {}  # which the stock model does not know
-                generated = model.generate(**batch, max_new_tokens=limit, **switch)
+                # Only a model with branches accepts `use_pvm`.
+                has_switch = bool(checkpoint.description.gates) and ablation.use_pvm is not True
+                use_pvm = {"use_pvm": ablation.use_pvm} if has_switch else {}
+                generated = model.generate(**batch, max_new_tokens=limit, **use_pvm)
                 generated = generated[:, batch["input_ids"].shape[1] :].cpu()
             ended = torch.isin(generated, ends)
             lengths = (ended.cumsum(dim=1) == 0).sum(dim=1).tolist()
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            for row, text, length, is_cut in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist()):
-                answers[row] = Answer(text, length, is_cut)
+            for row, text, length, cut in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist()):
+                answers[row] = Answer(text, length, cut)
             if journal is not None:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"row": row, **asdict(answers[row])}) + "\n" for row in rows)

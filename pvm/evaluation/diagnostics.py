@@ -1,98 +1,100 @@
 """
-What happens inside a model while it writes: where attention goes, when the prediction is made, what branches add.
+What happens inside a model while it writes: where attention goes, at which layer the prediction is made, and what
+branches add.
 
-All models are made to write the same texts, so that their positions can be compared. Everything is read through hooks
-and the outputs that transformers records; nothing of the model is changed.
+All models are made to write the same texts, so that positions are comparable. Values are recorded with forward hooks
+and transformers' own outputs; the model is not changed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 
+from block_qwen3vl_pvm import Qwen3VLPVMCrossAttention
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.loading import Checkpoint
 from pvm.data.encoding import ConversationCollator
-from pvm.evaluation.ablations import read_images
-from pvm.evaluation.metrics import draws, mean_interval
+from pvm.evaluation.ablations import process_images
+from pvm.evaluation.bootstrap import ROWS, central_95, counts, mean_interval
 from pvm.evaluation.questions import Prompts, Question
 
 
-PROBED_TOKENS = 512  # of a text, at most
-CHUNK = 64  # tokens whose attention is looked at together: [layers, heads, chunk, context] is in memory at once
-HEAT_MAP_TOKENS = 4  # a row, at most
-LONG_TEXT = 32  # tokens; texts of at least so many are looked at by position
+MAX_TOKENS = 512  # of a text
+CHUNK = 64  # tokens per forward pass: attention weights [layers, heads, chunk, context] are in memory at once
+HEAT_MAP_TOKENS = 4  # of a text, at most
+LONG_TEXT = 32  # tokens from which attention is reported by position
 
 
 def choose_rows(questions: Sequence[Question], per_group: int) -> list[int]:
-    """At most `per_group` rows of each group, spread evenly over those that have an image."""
+    """At most `per_group` rows with an image from each group, spread evenly."""
     groups: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         if question.distance is not None:
             groups.setdefault(question.group, []).append(index)
-    chosen = []
-    for rows in groups.values():
-        number = min(per_group, len(rows))
-        chosen += [rows[k * len(rows) // number] for k in range(number)]
-    return chosen
+    return [row for rows in groups.values() for row in _spread(rows, per_group)]
 
 
-def chosen_tokens(depths: Sequence[int], length: int) -> list[int]:
-    """At most `HEAT_MAP_TOKENS` of the scored pieces' first tokens that a text of `length` tokens has, evenly."""
-    inside = [depth for depth in depths if depth < length] or [0]
-    number = min(HEAT_MAP_TOKENS, len(inside))
-    return [inside[k * len(inside) // number] for k in range(number)]
+def choose_tokens(depths: Sequence[int], length: int) -> list[int]:
+    """The tokens with heat maps: some of the `depths` in a text of `length` tokens, or its first token."""
+    return _spread([depth for depth in depths if depth < length] or [0], HEAT_MAP_TOKENS)
+
+
+def _spread(values: Sequence[int], most: int) -> list[int]:
+    number = min(most, len(values))
+    return [values[k * len(values) // number] for k in range(number)]
 
 
 @torch.inference_mode()
-def probe(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, depths: Sequence[int]) -> dict[str, Any]:
+def diagnose(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, depths: Sequence[int]) -> dict[str, Any]:
     """
-    Let the model write `text` after a prompt with an image, and record what happens where it predicts its tokens.
+    Make the model write `text` after a prompt with an image, and record what happens where it predicts each token.
 
     Args:
         index (`int`): of the prompt.
-        depths (`Sequence[int]`): token offsets of the pieces that heat maps are wanted for.
+        depths (`Sequence[int]`): token offsets of the pieces to draw heat maps for.
 
     Returns:
-        `dict`: by position in the text (`[position][layer]` lists) and by layer (`[layer]`, means over positions):
+        `dict`: by position in the text (`[position]`) or by layer (`[layer]`, means over positions):
 
-        - `visual_tokens`, and `text_tokens` `[position]`: how many of either the query could read;
+        - `visual_tokens`, and `text_tokens` `[position]`: how many of each the query can attend to;
         - `attention` `[position][layer]`: the share of self-attention on visual tokens, a mean over heads;
-        - `kl` `[layer]`: nats from the final prediction to that of the layer's logit lens, KL(final || lens); the
-          lens is the model's own last norm and head on the residual stream after the layer;
-        - `residual`, `ffn` `[layer]`: root mean squares of the stream before the FFN, and of what the FFN adds;
-        - `injected` `{layer: root mean square}`: of what the branch adds there;
-        - `heat_maps`: for some tokens, the attention over the visual tokens of each branch, `branches` `{layer:
-          [visual]}`, and of self-attention, `self_attention` `[visual]`, a mean over layers; means over heads, both
-          of sum 1. Only if the prompt has one image, whose `grid` is `[rows, columns]` of visual tokens.
+        - `kl` `[layer]`: KL(final || lens) in nats, from the final prediction to that of the logit lens: the model's
+          own last norm and head applied to the residual stream after the layer;
+        - `residual`, `ffn` `[layer]`: root mean squares of the stream before the FFN, and of the FFN's output;
+        - `injected` `{layer: root mean square}`: of what the branch adds;
+        - `heat_maps`: for some tokens the attention over visual tokens, means over heads with sum 1: of each branch,
+          `branches` `{layer: [visual]}`, and of self-attention, `self_attention` `[visual]`, also a mean over layers.
+          Only for prompts with one image, whose `grid` of visual tokens is `[rows, columns]`.
     """
     model, tokenizer = checkpoint.plain_model, checkpoint.processor.tokenizer
-    decoder = model.model.language_model
-    layers, blocks = decoder.layers, pvm_blocks(model)
-    example = prompts[index]
-    batch = ConversationCollator(tokenizer.pad_token_id)([example])
-    written = tokenizer(text, add_special_tokens=False)["input_ids"][:PROBED_TOKENS]
+    layers, blocks = model.model.language_model.layers, pvm_blocks(model)
+    batch = ConversationCollator(tokenizer.pad_token_id)([prompts[index]])
+    written = tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS]
     batch = _append(batch, written[:-1])
     batch = {key: value.to(model.device) for key, value in batch.items()}
     length = max(len(written), 1)
     visual = batch["mm_token_type_ids"][0] > 0
 
-    cache, positions = read_images(model, batch, length)
-    record: dict[str, list[torch.Tensor]] = {"residual": [], "ffn": [], "injected": [], "branches": []}
+    cache, positions = process_images(model, batch, length)
+    # By layer, the values of each chunk.
+    recorded: dict[str, dict[int, list[torch.Tensor]]] = {"residual": {}, "ffn": {}, "injected": {}, "branches": {}}
     attention, over_image, kl = [], [], []
     implementation = model.config._attn_implementation
     with ExitStack() as stack:
-        for layer in layers:
-            hook = layer.post_attention_layernorm.register_forward_pre_hook(_keep_input(record["residual"]))
+        for k, layer in enumerate(layers):
+            hook = layer.post_attention_layernorm.register_forward_pre_hook(_record_input(recorded["residual"], k))
             stack.callback(hook.remove)
-            stack.callback(layer.mlp.register_forward_hook(_keep_output(record["ffn"])).remove)
-        for block in blocks.values():
-            stack.callback(block.register_forward_hook(_keep_output(record["injected"])).remove)
-            stack.callback(block.cross_attn.register_forward_hook(_keep_weights(record["branches"])).remove)
-        model.set_attn_implementation("eager")  # which alone tells its weights
+            stack.callback(layer.mlp.register_forward_hook(_record_output(recorded["ffn"], k)).remove)
+        for k, block in blocks.items():
+            stack.callback(block.register_forward_hook(_record_output(recorded["injected"], k)).remove)
+            for module in block.modules():
+                if isinstance(module, Qwen3VLPVMCrossAttention):
+                    stack.callback(module.register_forward_hook(_record_weights(recorded["branches"], k)).remove)
+        model.set_attn_implementation("eager")  # the others return no attention weights
         stack.callback(model.set_attn_implementation, implementation)
         start = batch["input_ids"].shape[1] - length
         for first in range(start, start + length, CHUNK):
@@ -111,28 +113,27 @@ def probe(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, depth
             over_image.append(to_image.mean(dim=1).cpu())
             kl.append(_logit_lens(model, output).cpu())
 
-    counted = torch.arange(start, start + length) + 1 - int(visual.sum())
-    number = len(blocks)
+    sizes = {
+        what: {k: torch.cat(values).mean().item() for k, values in recorded[what].items()}
+        for what in ("residual", "ffn", "injected")
+    }
+    text_tokens = torch.arange(start, start + length) + 1 - int(visual.sum())
     result = {
         "visual_tokens": int(visual.sum()),
-        "text_tokens": counted.tolist(),
+        "text_tokens": text_tokens.tolist(),
         "attention": _rounded(torch.cat(attention)),
         "kl": _rounded(torch.cat(kl).mean(dim=0)),
-        "residual": _by_layer(record["residual"], len(layers)),
-        "ffn": _by_layer(record["ffn"], len(layers)),
-        "injected": dict(zip(map(str, blocks), _by_layer(record["injected"], number))) if number else {},
+        "residual": [_round(sizes["residual"][k]) for k in range(len(layers))],
+        "ffn": [_round(sizes["ffn"][k]) for k in range(len(layers))],
+        "injected": {str(k): _round(sizes["injected"][k]) for k in blocks},
         "heat_maps": [],
     }
     grid = batch.get("image_grid_thw")
     if grid is not None and len(grid) == 1 and int(grid[0, 0]) == 1:
         merge = model.config.vision_config.spatial_merge_size
         result["grid"] = (grid[0, 1:] // merge).tolist()
-        branches = {
-            str(layer): torch.cat(record["branches"][k::number])
-            for k, layer in enumerate(blocks)
-            if record["branches"]  # which the control has not
-        }
-        for token in chosen_tokens(depths, length):
+        branches = {str(k): torch.cat(values) for k, values in recorded["branches"].items()}
+        for token in choose_tokens(depths, length):
             seen = torch.cat(over_image)[token]
             result["heat_maps"].append(
                 {
@@ -146,7 +147,7 @@ def probe(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, depth
 
 
 def _append(batch: dict[str, torch.Tensor], tokens: Sequence[int]) -> dict[str, torch.Tensor]:
-    """A batch of one row with further text tokens."""
+    """A batch of one row with text tokens appended."""
     more = torch.tensor([list(tokens)], dtype=torch.long)
     added = {
         "input_ids": more,
@@ -156,31 +157,30 @@ def _append(batch: dict[str, torch.Tensor], tokens: Sequence[int]) -> dict[str, 
     return {**batch, **{key: torch.cat([batch[key], new.to(batch[key].dtype)], dim=1) for key, new in added.items()}}
 
 
-def _keep_input(kept: list[torch.Tensor]):
+def _record_input(recorded: dict[int, list[torch.Tensor]], layer: int) -> Callable:
     def hook(module, inputs):
-        kept.append(inputs[0][0].float().pow(2).mean(dim=-1).sqrt().cpu())
+        recorded.setdefault(layer, []).append(_root_mean_square(inputs[0]))
 
     return hook
 
 
-def _keep_output(kept: list[torch.Tensor]):
+def _record_output(recorded: dict[int, list[torch.Tensor]], layer: int) -> Callable:
     def hook(module, inputs, output):
-        kept.append(output[0].float().pow(2).mean(dim=-1).sqrt().cpu())
+        recorded.setdefault(layer, []).append(_root_mean_square(output))
 
     return hook
 
 
-def _keep_weights(kept: list[torch.Tensor]):
+def _record_weights(recorded: dict[int, list[torch.Tensor]], layer: int) -> Callable:
     def hook(module, inputs, output):
-        if output[1] is not None:  # the control's branches attend to nothing
-            kept.append(output[1][0].float().mean(dim=0).cpu())
+        recorded.setdefault(layer, []).append(output[1][0].float().mean(dim=0).cpu())
 
     return hook
 
 
-def _by_layer(kept: list[torch.Tensor], number: int) -> list[float]:
-    """Means over positions of what `number` modules have left, one after the other in each chunk."""
-    return _rounded(torch.stack([torch.cat(kept[k::number]).mean() for k in range(number)]))
+def _root_mean_square(states: torch.Tensor) -> torch.Tensor:
+    """`[position]`, of the first row."""
+    return states[0].float().pow(2).mean(dim=-1).sqrt().cpu()
 
 
 def _logit_lens(model: torch.nn.Module, output: Any) -> torch.Tensor:
@@ -195,29 +195,31 @@ def _logit_lens(model: torch.nn.Module, output: Any) -> torch.Tensor:
 
 
 def _rounded(values: torch.Tensor) -> Any:
-    """Lists of numbers with five digits: they go into files."""
-    if values.ndim == 0:
-        return float(f"{values.item():.5g}")
-    return [_rounded(value) for value in values]
+    """Lists of numbers with five digits, to save space in files."""
+    return _round(values.item()) if values.ndim == 0 else [_rounded(value) for value in values]
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """
-    What the report says of probes.
+    The diagnostics of a report.
 
     Args:
-        results (`dict` `{model: results}`): of [`probe`], of the same rows for all models, with their `group`.
+        results (`dict` `{model: results}`): of [`diagnose`] on the same rows for all models, each with its `group`.
 
     Returns:
-        `dict` by model: `attention` by group of rows, with `by_position` (texts of at least `LONG_TEXT` tokens),
-        `by_ratio` (text tokens per visual token), both in bins that double, `by_layer` and `decay` (see
-        [`fit_decay`]); over all rows `kl` by layer, last one excluded; `residual`, `ffn`, `injected` by layer. Entries
-        have `n` rows, `mean` and a 95 % `interval`.
+        `dict` by model: `attention` by group of rows, with `by_position` (texts of at least `LONG_TEXT` tokens) and
+        `by_ratio` (text tokens per visual token), both in bins of doubling width, `by_layer`, and `decay` (see
+        [`fit_decay`]); over all rows `kl` by layer without the last one, and `residual`, `ffn`, `injected` by layer.
+        Entries have `n` rows, `mean` and a 95 % `interval`.
     """
     return {
         name: {
             "rows": len(rows),
-            # Groups apart: where rows of one end those of another go on, and a curve through both is of neither.
+            # Groups may cover different ranges of the ratio, so one curve through all would describe none of them.
             "attention": {
                 group: _summarise_attention([row for row in rows if row["group"] == group])
                 for group in dict.fromkeys(row["group"] for row in rows)
@@ -244,9 +246,9 @@ def _summarise_attention(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         shares = [sum(layers) / len(layers) for layers in row["attention"]]
         ratios = [text / row["visual_tokens"] for text in row["text_tokens"]]
-        mine = _binned([math.floor(math.log2(ratio)) if ratio else 0 for ratio in ratios], ratios, shares)
-        points.append(list(mine.values()))
-        for key, point in mine.items():
+        binned = _binned([math.floor(math.log2(ratio)) if ratio else 0 for ratio in ratios], ratios, shares)
+        points.append(list(binned.values()))
+        for key, point in binned.items():
             by_ratio.setdefault(key, []).append(point)
         if len(shares) >= LONG_TEXT:
             positions = range(1, len(shares) + 1)
@@ -281,20 +283,20 @@ def _bins(points: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
 
 def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] | None:
     """
-    How the share of attention on the image falls: `share = 1 / (1 + (x / half) ** exponent)`, where x is the number of
-    text tokens per visual token. The paper's bound (Omega <= beta / (beta + mu t)) is this with the exponent 1; equal
-    attention to every token is `half = exponent = 1`.
+    Fit the decay of attention to the image: `share = 1 / (1 + (x / half) ** exponent)`, where x is the number of text
+    tokens per visual token. The paper's bound (Omega <= beta / (beta + mu t)) has the exponent 1; equal attention to
+    all tokens is `half = exponent = 1`.
 
     Args:
         rows: for each row its points (x, share).
 
     Returns:
         `dict`: `exponent` and `half` (the x at which half of the attention is on the image) by least squares on
-        log-odds against log x, with the `interval`s of 95 % of resamples of rows, `r2`, and the least and the largest
-        x, `observed`; `None` if x does not vary.
+        log-odds against log x, with bootstrap intervals, `r2`, and the smallest and largest x, `observed`; `None` if x
+        does not vary.
     """
     kept = [[(x, share) for x, share in row if x > 0 and 0 < share < 1] for row in rows]
-    # By row: the sums that a regression of log-odds on log x is made of, [rows, 6].
+    # The sums of each row from which the regression of log-odds on log x is computed, [rows, 6].
     logs = [[(math.log(x), math.log(share / (1 - share))) for x, share in row] for row in kept if row]
     sums = np.array([np.sum([[1, u, u * u, v, u * v, v * v] for u, v in row], axis=0) for row in logs])
     observed = [x for row in kept for x, _ in row]
@@ -304,18 +306,18 @@ def fit_decay(rows: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any] |
     def solve(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n, u, uu, v, uv, _ = total.T
         spread = n * uu - u * u
-        with np.errstate(divide="ignore", invalid="ignore"):  # resamples that hold a single x
+        with np.errstate(divide="ignore", invalid="ignore"):  # resamples with a single x
             slope = (n * uv - u * v) / spread
             return -slope, np.exp((v - slope * u) / n / -slope)
 
     exponent, half = solve(sums.sum(axis=0)[None])
-    drawn = [values[np.isfinite(values)] for values in solve(draws(len(sums), stream=0) @ sums)]
+    drawn = [values[np.isfinite(values)] for values in solve(counts(len(sums), ROWS) @ sums)]
     n, u, uu, v, uv, vv = sums.sum(axis=0)
     return {
         "r2": float((n * uv - u * v) ** 2 / ((n * uu - u * u) * (n * vv - v * v))),
         "exponent": float(exponent[0]),
-        "exponent_interval": np.quantile(drawn[0], [0.025, 0.975]).tolist(),
+        "exponent_interval": central_95(drawn[0]),
         "half": float(half[0]),
-        "half_interval": np.quantile(drawn[1], [0.025, 0.975]).tolist(),
+        "half_interval": central_95(drawn[1]),
         "observed": [min(observed), max(observed)],
     }

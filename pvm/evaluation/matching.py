@@ -1,4 +1,4 @@
-"""When an answer is right: the same text, the same option, the same number, the same mathematical object."""
+"""When an answer is correct: the same text, the same option, the same number, the same mathematical object."""
 
 import math
 import re
@@ -6,14 +6,14 @@ import re
 from pvm.errors import UserError
 
 
-# What an answer's final statement looks like; the last one counts.
+# Where an answer states its result; the last one counts.
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 STYLE = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
 IS = r"(?:\s*[:=]|\s+(?:is|should be|must be|would be)\b)[\s:=]*"
 STATED = re.compile(rf"\banswer\b{IS}", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 
-# An option is a capital letter by itself; the A of "A cat" is none.
+# An option is a capital letter by itself, but not the A of "A cat".
 QUOTES = str.maketrans("", "", "*_`\"'“”‘’")  # noqa: RUF001
 LETTER = r"(?:\(([A-Z])\)|([A-Z])(?![\w-])(?!(?<=[AI])\s+(?!(?:because|since|as|and|or|is)\b)\w))"
 CHOSEN = re.compile(rf"\b(?i:answer|option|choice)\b{IS}(?:(?i:option|choice)\s+)?{LETTER}")
@@ -22,7 +22,7 @@ AT_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])(?=[.:)]|\s*\n|\s*$)")
 ANYWHERE = re.compile(r"\(([A-Z])\)|(?<!\w)([A-Z])(?=[.:),]|\s*$)")
 ONE_MORE = re.compile(r"\s*(?:or|and|/|&|,)\s*\(?[A-Z]\b(?!\s+[a-z])")
 
-# What is glued to a word (H2O) is no number, and the minus of "3-4" no sign.
+# Digits inside a word (H2O) are not a number, and the minus in "3-4" is not a sign.
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?<![\w.]){DIGITS}(?:[eE][-+]?\d+)?")
 FRACTION = re.compile(rf"(?:(?<![\w.])(\d+)\s+)?(?<![\w.])({DIGITS})\s*/\s*([-+]?{DIGITS})")
@@ -31,7 +31,7 @@ TIMES_TEN = re.compile(r"(?<=\d)\s*(?:x|×|\*|\\times|\\cdot)\s*10\s*\^\s*\{?\s*
 POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 EXPONENT = re.compile(r"\^\s*(?:\{[^{}]*\}|[-+]?\w+)")
 
-# Where math-verify looks for mathematics in a text, and what tells it from prose where there is no such place.
+# Delimiters between which math-verify looks for mathematics, and how mathematics is told from prose without them.
 DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[|\\boxed|\\begin")
 LATEX = re.compile(r"\\[A-Za-z]|\^")
 FUNCTION = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])")
@@ -49,7 +49,7 @@ def is_exact_match(prediction: str, reference: str) -> bool:
 
 
 def final_statement(text: str) -> str | None:
-    """What a text says its answer is: in the last `\\boxed{}`, else the rest of the sentence after "answer is"."""
+    """The answer that a text states: in the last `\\boxed{}`, else the rest of the sentence after "answer is"."""
     if boxed := BOXED.findall(text):
         return STYLE.sub(r"\1", boxed[-1])
     parts = STATED.split(text.replace("**", ""))
@@ -59,7 +59,7 @@ def final_statement(text: str) -> str | None:
 def chosen_option(text: str) -> str | None:
     """
     The letter of the option that a text chooses: `B`, `(b)`, `B. a cat`, "The correct option is **B**, because ...",
-    "B is right", or the only one that it names. `None` if there is none, or several and no telling which.
+    "B is right", or the only letter that it names. `None` if there is none, or several without a choice.
     """
     if boxed := BOXED.findall(text):
         text = STYLE.sub(r"\1", boxed[-1])
@@ -72,7 +72,7 @@ def chosen_option(text: str) -> str | None:
     if first := AT_FIRST.match(text):
         line, *others = text[first.end() :].split("\n")
         listed = {_letter(found) for other in others if (found := AT_FIRST.match(other.strip()))}
-        # "B. a dog" is a choice, and a list of all options is none.
+        # "B. a dog" is a choice, a list of all options is not.
         return None if line.strip(" .:)") and listed - {_letter(first)} else _letter(first)
     letters = {_letter(found) for found in ANYWHERE.finditer(text)}
     return letters.pop() if len(letters) == 1 else None
@@ -84,15 +84,15 @@ def _letter(found: re.Match) -> str:
 
 def is_same_option(prediction: str, reference: str) -> bool:
     """
-    Whether the prediction chooses the option that the reference is.
+    Whether the prediction chooses the same option as the reference.
 
     Raises:
-        UserError: if the reference is no option.
+        UserError: if the reference is not an option.
     """
     wanted = chosen_option(reference)
     if wanted is None:
         raise UserError(
-            f"The reference {reference[:60]!r} is no option like B, (B) or `B. a cat`: choose another --match."
+            f"The reference {reference[:60]!r} is not an option such as B, (B) or `B. a cat`: choose another --match."
         )
     return chosen_option(prediction) == wanted
 
@@ -100,8 +100,8 @@ def is_same_option(prediction: str, reference: str) -> bool:
 def stated_number(text: str) -> tuple[float, bool] | None:
     """
     The number that a text gives as its answer, and whether a per cent sign follows: the first one after "answer is"
-    and the last "=" of that sentence, else the last one of all. Fractions, mixed numbers, powers and numbers times a
-    power of ten are one; exponents of units are none. `None` if there is no number.
+    (after the last "=" of that sentence), else the last number of the text. Fractions, mixed numbers, powers and
+    scientific notation are one number; exponents of units are ignored. `None` if there is no number.
     """
     statement = final_statement(text)
     plain = _plain_numbers(text if statement is None else statement.rpartition("=")[2])
@@ -114,7 +114,7 @@ def stated_number(text: str) -> tuple[float, bool] | None:
 
 
 def _plain_numbers(text: str) -> str:
-    """A text whose fractions and powers are decimal numbers."""
+    """The text with fractions and powers as decimal numbers."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("**", "")  # noqa: RUF001
     text = LATEX_FRACTION.sub(r" \1/\2", text)
     text = TIMES_TEN.sub(r"e\1", text)
@@ -136,15 +136,15 @@ def _quotient(found: re.Match) -> str:
 
 def is_same_number(prediction: str, reference: str) -> bool:
     """
-    Whether both give the same number, to a ten-thousandth of it. Where one has a per cent sign and the other has not,
-    50 % is 50 as well as 0.5.
+    Whether both give the same number, within a relative error of 1e-4. If only one of them has a per cent sign, 50 %
+    equals both 50 and 0.5.
 
     Raises:
         UserError: if the reference has no number.
     """
     wanted, given = stated_number(reference), stated_number(prediction)
     if wanted is None:
-        raise UserError(f"The reference {reference[:60]!r} has no number in it: choose another --match.")
+        raise UserError(f"The reference {reference[:60]!r} contains no number: choose another --match.")
     if given is None:
         return False
     (value, is_share), (other, is_other_share) = given, wanted
@@ -156,11 +156,10 @@ def is_same_number(prediction: str, reference: str) -> bool:
 
 def is_same_math(prediction: str, reference: str) -> bool:
     """
-    Whether both are the same text, or the same mathematical object, written in LaTeX or plainly, as math-verify sees
-    it.
+    Whether both are the same text or, according to math-verify, the same mathematical object, in LaTeX or plain text.
 
     Raises:
-        UserError: if math-verify is not installed, or sees none in the reference.
+        UserError: if math-verify is not installed, or cannot parse the reference.
     """
     try:
         from math_verify import parse, verify
@@ -168,18 +167,18 @@ def is_same_math(prediction: str, reference: str) -> bool:
         raise UserError("--match math needs math-verify: pip install math-verify") from error
     wanted = parse(_delimited(reference))
     if not wanted:
-        raise UserError(f"The reference {reference[:60]!r} is no mathematical object: choose another --match.")
+        raise UserError(f"The reference {reference[:60]!r} is not a mathematical object: choose another --match.")
     return is_exact_match(prediction, reference) or verify(wanted, parse(_delimited(prediction)))
 
 
 def _delimited(text: str) -> str:
-    """A text with its mathematics between dollars, without which math-verify sees only the plain numbers of it."""
+    """The text with its mathematics between dollars, without which math-verify only finds plain numbers."""
     if DELIMITED.search(text):
         return text
     statement = (final_statement(text) or text).strip().rstrip(".").replace("$", "")
     statement = FUNCTION.sub(r"\\\1", statement)
     if WORD.search(statement) and not LATEX.search(statement):
-        return text  # prose; in it plain numbers are found
+        return text  # prose, in which math-verify finds plain numbers
     return f"${WORD.sub(' ', statement)}$"
 
 

@@ -1,4 +1,4 @@
-"""A report as one web page that needs nothing beside it."""
+"""A report as one self-contained HTML page."""
 
 import re
 from base64 import b64encode
@@ -37,11 +37,11 @@ nav {{ font-size: .92rem; columns: 2; margin: 1rem 0; }} nav a {{ display: block
 
 def html_page(markdown: str, folder: Path) -> str:
     """
-    A markdown text as HTML, pictures included.
+    Markdown as HTML with its pictures embedded.
 
     Args:
-        markdown (`str`): with tables; raw HTML in it is shown, not obeyed.
-        folder (`Path`): where the PNG files are that it names.
+        markdown (`str`): may have tables; raw HTML is escaped.
+        folder (`Path`): of the PNG files.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = re.sub(r'<img src="([\w .%+-]+\.png)"', lambda match: _embedded(folder, match[1]), body)

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, in one style."""
+"""The pictures of a report."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,50 +13,46 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from pvm.data.encoding import read_image
 from pvm.data.sources import Conversations
+from pvm.evaluation.tables import bin_label
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart too; markers differ as well.
+# Okabe and Ito's palette for colour-blind readers; markers differ as well.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more, so that an eighth model is not like the first
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: an eighth model differs from the first
 Styles = dict[str, tuple[str, str]]  # colour and marker of each model
-LABEL_GAP = 0.065  # least distance of two lines of labels, as a share of the height
-QUESTION_SHOWN = 56  # characters, the last ones
-LABEL_WIDTH = 16  # characters, beyond which a name goes on in another line: panels keep their width
-
-
-def bin_label(result: dict[str, Any]) -> str:
-    """`low` and `high` of a bin as a text."""
-    return str(result["low"]) if result["low"] == result["high"] else f"{result['low']}–{result['high']}"  # noqa: RUF001
+LABEL_GAP = 0.065  # smallest distance between lines of labels, as a share of the height
+QUESTION_SHOWN = 56  # last characters
+LABEL_WIDTH = 16  # characters, after which a name is wrapped
 
 
 def draw_all(
-    report: dict[str, Any], probes: dict[str, list[dict[str, Any]]], conversations: Conversations, folder: Path
+    report: dict[str, Any], diagnostics: dict[str, list[dict[str, Any]]], conversations: Conversations, folder: Path
 ) -> dict[str, str]:
     """
     Draw every picture that the report has numbers for.
 
     Args:
         report (`dict`): the content of report.json.
-        probes (`dict` `{model: results}`): of [`probe`], for heat maps.
-        conversations (`Conversations`): the rows, whose images heat maps lie over.
-        folder (`Path`): where the PNG files go.
+        diagnostics (`dict` `{model: results}`): of [`diagnose`], for heat maps.
+        conversations (`Conversations`): the rows, with the images under the heat maps.
+        folder (`Path`): where the PNG files are written.
 
     Returns:
-        `dict`: file names by what they show: "accuracy", "lengths", "knock_outs", "attention", "lens", "branches", and
-        "heat NAME" for each model that has branches.
+        `dict`: file names by content: "accuracy", "lengths", "ablations", "attention", "lens", "branches", and "heat
+        NAME" for each model with branches that attend to the image.
     """
-    names = list(dict.fromkeys(model["name"] for model in report["models"] if model["knock_out"] == "nothing"))
+    names = list(dict.fromkeys(model["name"] for model in report["models"] if model["ablation"] == "none"))
     styles = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(names)}
     files = {}
-    with rc_context({"text.parse_math": False}):  # names, groups and tokens may have dollars in them
+    with rc_context({"text.parse_math": False}):  # names, groups and tokens may contain dollars
         figures = {
             "accuracy": _accuracy(report, styles),
             "lengths": _lengths(report, styles),
-            "knock_outs": _knock_outs(report, styles),
-            "attention": _attention(report["probes"], styles),
-            "lens": _lens(report["probes"], styles),
-            "branches": _branches(report["probes"], styles),
-            **{f"heat {name}": _heat_maps(results, conversations) for name, results in probes.items()},
+            "ablations": _ablations(report, styles),
+            "attention": _attention(report["diagnostics"], styles),
+            "lens": _lens(report["diagnostics"], styles),
+            "branches": _branches(report["diagnostics"], styles),
+            **{f"heat {name}": _heat_maps(results, conversations) for name, results in diagnostics.items()},
         }
         for what, figure in figures.items():
             if figure is not None:
@@ -109,8 +105,8 @@ def _lengths(report: dict[str, Any], styles: Styles) -> Figure | None:
     return figure
 
 
-def _knock_outs(report: dict[str, Any], styles: Styles) -> Figure | None:
-    """What each knock-out costs, a panel for each group."""
+def _ablations(report: dict[str, Any], styles: Styles) -> Figure | None:
+    """The difference that each ablation makes, a panel for each group."""
     entries = {model["name"]: model["intact"] for model in report["models"] if model["intact"] is not None}
     if not entries:
         return None
@@ -129,33 +125,34 @@ def _knock_outs(report: dict[str, Any], styles: Styles) -> Figure | None:
         ax.axvline(0, color="#888888", linewidth=1)
         ax.set_yticks(range(len(entries)), list(reversed(entries)))
         ax.set_ylim(-0.5, len(entries) - 0.5)
-        ax.set_title(_title("Lost or won by a knock-out", group))
-        ax.set_xlabel("percentage points of correct answers (open: of pieces),\nagainst the intact model; bars: 95%")
+        ax.set_title(_title("Effect of each ablation", group))
+        ax.set_xlabel("percentage points of correct answers (open: of pieces),\ncompared with intact; bars: 95%")
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _attention(probes: dict[str, Any], styles: Styles) -> Figure | None:
+def _attention(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
     """
-    The share of self-attention on the image, a row for each group: by position, by text tokens per visual one with
+    The share of self-attention on the image, a row for each group: by position, by text tokens per visual token with
     fits, by layer.
     """
-    if not probes:
+    if not diagnostics:
         return None
-    groups = list(next(iter(probes.values()))["attention"])
+    groups = list(next(iter(diagnostics.values()))["attention"])
     figure = Figure(figsize=(13.8, 4.6 * len(groups)), dpi=100, layout="constrained")
     for group, axes in zip(groups, figure.subplots(len(groups), 3, squeeze=False)):
-        _plot_attention(axes, group, {name: summary["attention"][group] for name, summary in probes.items()}, styles)
+        curves = {name: summary["attention"][group] for name, summary in diagnostics.items()}
+        _plot_attention(axes, group, curves, styles)
     return figure
 
 
-def _plot_attention(axes: Sequence[Axes], group: str, probes: dict[str, Any], styles: Styles) -> None:
+def _plot_attention(axes: Sequence[Axes], group: str, curves: dict[str, Any], styles: Styles) -> None:
     position, ratio, layer = axes
     for ax in (position, ratio):
         ax.set_xscale("log", base=2)
     ratio.set_yscale("log")
-    for name, attention in probes.items():
+    for name, attention in curves.items():
         style = styles[name]
         if attention["by_position"]:
             _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], style, name)
@@ -192,12 +189,12 @@ def _plot_attention(axes: Sequence[Axes], group: str, probes: dict[str, Any], st
     _legend(layer)
 
 
-def _lens(probes: dict[str, Any], styles: Styles) -> Figure | None:
+def _lens(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
     """KL divergence of each layer's logit lens from the final prediction."""
-    if not probes:
+    if not diagnostics:
         return None
     figure, (ax,) = _panels(1)
-    for name, summary in probes.items():
+    for name, summary in diagnostics.items():
         _band(ax, range(len(summary["kl"])), summary["kl"], styles[name], name)
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -209,9 +206,9 @@ def _lens(probes: dict[str, Any], styles: Styles) -> Figure | None:
     return figure
 
 
-def _branches(probes: dict[str, Any], styles: Styles) -> Figure | None:
-    """What branches add, as a share of the stream, by layer; the FFN's beside it."""
-    with_branches = {name: summary for name, summary in probes.items() if summary["injected"]}
+def _branches(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
+    """Size of what branches and FFNs add, as a share of the stream, by layer."""
+    with_branches = {name: summary for name, summary in diagnostics.items() if summary["injected"]}
     if not with_branches:
         return None
     figure, (ax,) = _panels(1)
@@ -225,16 +222,16 @@ def _branches(probes: dict[str, Any], styles: Styles) -> Figure | None:
         ax.plot(x, ffn, color="#777777", linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_title("What branches add, against the stream (gray: the FFN)")
+    ax.set_title("Size of what branches add (gray: the FFN)")
     ax.set_xlabel("decoder layer")
-    ax.set_ylabel("root mean square, share of the stream's")
+    ax.set_ylabel("root mean square, as a share of the stream's")
     _legend(ax)
     _plain(ax)
     return figure
 
 
 def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> Figure | None:
-    """For the first and the last probed row with maps: the image, and for each token what looks where."""
+    """For the first and the last row with heat maps: the image, and attention over it for some tokens."""
     shown = [row for row in results if row["heat_maps"] and row["heat_maps"][0]["branches"]]
     shown = [shown[0], *shown[-1:]] if len(shown) > 1 else shown
     if not shown:
@@ -267,7 +264,7 @@ def _panels(number: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(ax: Axes) -> None:
-    """Beside the panel, where it hides nothing."""
+    """To the right of the panel."""
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -337,7 +334,7 @@ def _counts(bins: list[dict[str, Any]], what: str) -> str:
 
 
 def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]], styles: Styles) -> list[dict[str, Any]]:
-    """One line with its interval for each model, named at its end. Returns the bins, which all models share."""
+    """A labelled line with its interval for each model. Returns the bins, which all models share."""
     ends = []
     for name, bins in results.items():
         colour, marker = styles[name]
@@ -371,7 +368,7 @@ def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]], styles: Styl
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
-    """The heights moved apart by at least a gap, all within [0, 1] where that is possible."""
+    """The heights, moved apart by at least a gap and within [0, 1] if possible."""
     order = sorted(range(len(heights)), key=lambda k: heights[k])
     placed: dict[int, float] = {}
     floor = 0.0

@@ -1,4 +1,4 @@
-"""The rows of a data set as questions: what a model is given, what it should answer, and where the image is."""
+"""Rows of a data set as questions: the prompt, the reference answer, and the distance between image and answer."""
 
 import hashlib
 import re
@@ -17,15 +17,15 @@ from pvm.errors import UserError
 from pvm.evaluation.matching import MATCHES
 
 
-ANSWER_MARGIN = 8  # tokens that an answer may be longer than its reference, at least
-QUESTION_TAIL = 200  # characters of the question that are written beside its answers
-KEPT_BYTES = 2**30  # of processed images kept between models; those beyond are processed again
+ANSWER_MARGIN = 8  # tokens by which an answer may be longer than its reference, at least
+QUESTION_TAIL = 200  # characters of the question that are kept with its answers
+KEPT_BYTES = 2**30  # of encoded prompts kept in memory; others are encoded again for each model
 
 
 @dataclass
 class Question:
     """
-    A row of the data set as it is scored.
+    A row of the data set.
 
     row (`int`): index in the split.
     group (`str`): its value in the `group_by` column, or "all".
@@ -47,7 +47,7 @@ class Question:
 
 class Prompts:
     """
-    The rows of a data set as inputs to generate from, made once for all models with the same processor.
+    The rows of a data set as inputs to generate from. Models with the same processor share them.
 
     Args:
         conversations (`Conversations`): the rows.
@@ -68,20 +68,20 @@ class Prompts:
             for value in example.values():
                 digest.update(value.contiguous().numpy().tobytes())
             self.kept.append(example if kept_bytes <= KEPT_BYTES else None)
-        self.sha256 = digest.hexdigest()  # of all that models are given
+        self.sha256 = digest.hexdigest()  # of all inputs
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.kept[index] or self.dataset[index]
 
 
 def image_distance(mm_token_type_ids: torch.Tensor) -> int | None:
-    """Tokens after the last visual token of a prompt (`[sequence]`, 0 is text); `None` if there is no such token."""
+    """Tokens after the last visual token of a prompt (`[sequence]`, 0 is text); `None` without one."""
     visual = mm_token_type_ids.nonzero()
     return len(mm_token_type_ids) - 1 - int(visual[-1]) if len(visual) else None
 
 
 def piece_depths(text: str, pattern: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """For each match of `pattern` in `text`, how many tokens of `text` come before it; without a pattern none."""
+    """The number of tokens before each match of `pattern` in `text`; no matches without a pattern."""
     if pattern is None:
         return []
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -92,7 +92,7 @@ def piece_depths(text: str, pattern: str | None, tokenizer: PreTrainedTokenizerB
 def read_questions(
     conversations: Conversations, group_by: str | None, pattern: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
-    """The questions of a data set that [`Prompts`] has been through, distances still missing."""
+    """The questions of a data set, without their distances, which need [`Prompts`]."""
     groups = ["all"] * len(conversations) if group_by is None else map(str, conversations.column(group_by))
     questions = []
     for row, group, conversation in zip(conversations.rows, groups, conversations):
@@ -108,7 +108,7 @@ def read_questions(
 def check_references(questions: Sequence[Question], match: str, dataset_name: str) -> None:
     """
     Raises:
-        UserError: naming the row, if a reference is not of the kind that answers are compared with.
+        UserError: naming the row, if `match` cannot be applied to its reference.
     """
     for question in questions:
         try:
@@ -119,8 +119,8 @@ def check_references(questions: Sequence[Question], match: str, dataset_name: st
 
 def answer_limit(reference: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """
-    Tokens that an answer to compare with `reference` may have. A power of two, so that few kinds of batch arise and no
-    row's limit depends on its neighbours.
+    The most tokens of an answer that is compared with `reference`. A power of two, so that there are few limits, and
+    rows with the same limit can share a batch.
     """
-    tokens = len(tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1  # the end of the turn is one
+    tokens = len(tokenizer(reference, add_special_tokens=False)["input_ids"]) + 1  # with <|im_end|>
     return 2 ** (tokens + ANSWER_MARGIN - 1).bit_length()

@@ -1,17 +1,17 @@
-"""From answers to results: every number that a report gives about right and wrong."""
+"""From answers to the numbers of a report: accuracies and differences."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pvm.evaluation.answering import Answer
+from pvm.evaluation.bootstrap import paired_difference
 from pvm.evaluation.matching import MATCHES
 from pvm.evaluation.metrics import (
     Accuracy,
     AccuracyByDepth,
     AccuracyByDistance,
     AccuracyByLength,
-    paired_difference,
     quartile_bins,
     score_pieces,
 )
@@ -21,11 +21,11 @@ from pvm.evaluation.questions import Question
 @dataclass
 class Entry:
     """
-    What the report has one name for: a checkpoint or several runs of a method; intact, or with something taken away.
+    What has one name in the report: a checkpoint or several runs of a method, intact or with an ablation.
 
     name (`str`): in the report.
-    records (`list[list[dict]]` `[runs][rows]`): as [`make_records`] makes them.
-    intact (`str`, *optional*): the name of the entry that nothing was taken from, if something was from this one.
+    records (`list[list[dict]]` `[runs][rows]`): see [`make_records`].
+    intact (`str`, *optional*): of an ablation, the name of the intact entry.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Entry:
     intact: str | None = None
 
     def rows(self, chosen: Sequence[int]) -> "Entry":
-        """The same of some rows only."""
+        """The entry with some of its rows."""
         return Entry(self.name, [[run[k] for k in chosen] for run in self.records], self.intact)
 
 
 def make_records(
     questions: Sequence[Question], answers: Sequence[Answer], match: str = "exact"
 ) -> list[dict[str, Any]]:
-    """The lines of a file of predictions."""
+    """The lines of a predictions file."""
     return [
         {
             **asdict(question),
@@ -61,7 +61,7 @@ def _texts(entry: Entry) -> dict[str, Any]:
 
 
 def score(entry: Entry, lengths: Sequence[int], pattern: str | None, match: str = "exact") -> dict[str, Any]:
-    """All metrics of an entry. `lengths` `[rows]` are those whose quartiles are reported."""
+    """All metrics of an entry. `lengths` `[rows]` are binned by quartiles."""
     records, texts = [record for run in entry.records for record in run], _texts(entry)
     distances, depths = [record["distance"] for record in records], [record["depths"] for record in records]
     lengths = [*lengths] * len(entry.records)
@@ -78,8 +78,8 @@ def compare(
     first: Entry, second: Entry, lengths: Sequence[int], bins: dict[str, list[dict[str, Any]]], pattern: str | None
 ) -> dict[str, Any]:
     """
-    What the second entry does better than the first on the same rows: `answers` correct, in all and in each bin of
-    `bins` (`by_distance`, `by_length`), and `pieces` of long answers.
+    The difference of the second entry to the first on the same rows: of correct `answers`, overall and in each of
+    `bins` (`by_distance`, `by_length`), and of correct `pieces` of long answers.
     """
     same_runs = second.intact == first.name
     outcomes = [[[[record["correct"]] for record in run] for run in entry.records] for entry in (first, second)]
@@ -117,10 +117,11 @@ def compare(
 
 def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact") -> dict[str, Any]:
     """
-    The measured part of the report, from nothing but the records: `overall`, `groups` and `comparisons`, those of each
-    intact entry with all before it, and of what is left without something with what it was taken from. Quartiles of
-    length hold the same questions for all: they are those of the references, or, in a group whose references are all
-    about as long, of the first entry's first answers (`lengths_of` by group: "reference" or "answer").
+    The measured part of the report, which depends on the records alone: `overall`, `groups` and `comparisons`. Each
+    intact entry is compared with all intact ones before it, and each ablation with its intact entry. Quartiles of
+    length contain the same questions for all entries: `lengths_of` says for each group whether the lengths are those
+    of the references ("reference") or, where these hardly vary, of the answers of the first entry's first run
+    ("answer").
     """
     first = entries[0].records[0]
     report: dict[str, Any] = {
@@ -139,7 +140,7 @@ def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact
     ]
     for group in dict.fromkeys(record["group"] for record in first):
         chosen = [k for k, record in enumerate(first) if record["group"] == group]
-        # What a model wrote depends on whether it was right: bins of it would compare it where it was lucky.
+        # The length of an answer may depend on whether it is correct, so bins by it are biased; see the report.
         lengths = [first[k]["reference_length"] for k in chosen]
         varies = len(quartile_bins(lengths)) > 1
         report["lengths_of"][group] = "reference" if varies else "answer"

@@ -1,18 +1,16 @@
-"""The tables of a report. Every number comes from report.json's content."""
+"""The tables of a report, made from the content of report.json."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from pvm.evaluation.plots import bin_label
-
 
 @dataclass
 class Table:
-    """A title, column headings, and rows of texts."""
+    """A title, column headings, and rows of cells."""
 
     title: str
     header: list[str]
@@ -24,7 +22,7 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], alignment, *lines[1:]))
 
     def rich(self) -> RichTable:
-        table = RichTable(title=Text(self.title), title_justify="left")  # as it is: names may look like markup
+        table = RichTable(title=Text(self.title), title_justify="left")  # Text: names may look like markup
         for k, heading in enumerate(self.header):
             table.add_column(Text(heading), justify="right" if k else "left")
         for row in self.rows:
@@ -33,8 +31,13 @@ class Table:
 
 
 def _cell(text: str) -> str:
-    """Names are the user's: what would end a cell or a row is written so that it does not."""
+    """Escaped: names come from the user and may contain what ends a cell or a row."""
     return " ".join(text.replace("|", "\\|").split())
+
+
+def bin_label(result: dict[str, Any]) -> str:
+    """The range of a bin."""
+    return str(result["low"]) if result["low"] == result["high"] else f"{result['low']}–{result['high']}"  # noqa: RUF001
 
 
 def share(result: dict[str, Any]) -> str:
@@ -53,23 +56,23 @@ def difference(result: dict[str, Any]) -> str:
 
 
 def intact_names(report: dict[str, Any]) -> list[str]:
-    """The entries that nothing was taken from, in order."""
-    return list(dict.fromkeys(model["name"] for model in report["models"] if model["knock_out"] == "nothing"))
+    """The entries without an ablation, in order."""
+    return list(dict.fromkeys(model["name"] for model in report["models"] if model["ablation"] == "none"))
 
 
-def knocked_out(report: dict[str, Any], name: str) -> dict[str, str]:
-    """For each entry with something taken from `name`, what it was."""
-    return {model["name"]: model["knock_out"] for model in report["models"] if model["intact"] == name}
+def ablations_of(report: dict[str, Any], name: str) -> dict[str, str]:
+    """The ablations of an intact entry: their kinds by the name of their entries."""
+    return {model["name"]: model["ablation"] for model in report["models"] if model["intact"] == name}
 
 
 def subject(report: dict[str, Any]) -> str:
-    """What the report is about: the first entry with PVM branches, else the second one, else the only one."""
+    """The entry that the report is about: the first with PVM branches, else the second, else the only one."""
     with_branches = [model["name"] for model in report["models"] if model["kind"] == "pvm"]
     return (with_branches or intact_names(report)[1:] or intact_names(report))[0]
 
 
 def compared(report: dict[str, Any], group: str, of: str, minus: str) -> dict[str, Any]:
-    """The comparison of two entries in a group, whichever way round it was made."""
+    """The comparison of two entries in a group, in whichever order they were compared."""
     for entry in report["comparisons"][group]:
         if (entry["of"], entry["minus"]) == (of, minus):
             return entry
@@ -106,7 +109,7 @@ def overall_table(report: dict[str, Any]) -> Table:
 
 
 def runs_table(report: dict[str, Any]) -> Table | None:
-    """Every run's own share of correct answers, by group; `None` if no entry has several."""
+    """The accuracy of each run by group; `None` if no entry has several runs."""
     rows = []
     for name in intact_names(report):
         for group, scores in report["groups"].items():
@@ -139,7 +142,7 @@ def distance_table(report: dict[str, Any], group: str) -> Table | None:
 
 
 def length_table(report: dict[str, Any], group: str) -> Table | None:
-    """`None` if the answers of the group are all about as long."""
+    """`None` if the length hardly varies in the group."""
     return _axis_table(report, group, "by_length", "Correct answers by length", "length")
 
 
@@ -155,15 +158,15 @@ def depth_table(report: dict[str, Any], group: str) -> Table | None:
         for k, span in enumerate(first)
     ]
     everything = [scores[name]["by_depth"]["all"] for name in bins]
-    # Pieces of one answer are not independent, so Wilson's interval would be too narrow for all of them together.
+    # Without an interval: Wilson's would be too narrow, because the pieces of an answer are not independent.
     rows.append(["all", str(everything[0]["n"]), *(f"{result['accuracy']:.1%}" for result in everything)])
     return Table(f"Correct pieces by depth{of_group(group)}", ["depth", "n", *bins], rows)
 
 
 def difference_table(report: dict[str, Any], group: str, reference: str, is_second: bool = False) -> Table | None:
     """
-    What each other intact entry does better than `reference`, or `reference` than each other (`is_second`); `None` if
-    there is no other.
+    The differences of all other intact entries to `reference`, or of `reference` to each of them (`is_second`); `None`
+    without other entries.
     """
     others = [name for name in intact_names(report) if name != reference]
     if not others:
@@ -182,34 +185,34 @@ def difference_table(report: dict[str, Any], group: str, reference: str, is_seco
     return Table(f"Percentage points{of_group(group)}", header, rows)
 
 
-def knock_out_table(report: dict[str, Any], group: str, name: str) -> Table:
-    """What is left of an entry when something is taken away: by distance where that varies, and in all."""
+def ablation_table(report: dict[str, Any], group: str, name: str) -> Table:
+    """Accuracy of an entry and its ablations, by distance where that varies and overall, with their differences."""
     scores = report["groups"][group]
     bins = scores[name]["by_distance"]["bins"]
     bins = bins if len(bins) > 1 else []
     pieces = scores[name]["by_depth"]["all"]["n"]
-    header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "lost or won"]
-    header += [f"{pieces} pieces", "lost or won"] if pieces else []
+    header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "difference"]
+    header += [f"{pieces} pieces", "difference"] if pieces else []
     rows = []
-    for entry in (name, *knocked_out(report, name)):
+    for entry in (name, *ablations_of(report, name)):
         accuracies = [scores[entry]["by_distance"]["bins"][k]["accuracy"] for k in range(len(bins))]
         accuracies.append(scores[entry]["accuracy"]["accuracy"])
         what = "intact" if entry == name else entry.removeprefix(f"{name} - ")
-        lost = None if entry == name else compared(report, group, entry, name)
+        change = None if entry == name else compared(report, group, entry, name)
         rows.append(
-            [what, *(f"{accuracy:.1%}" for accuracy in accuracies), difference(lost["answers"]) if lost else ""]
+            [what, *(f"{accuracy:.1%}" for accuracy in accuracies), difference(change["answers"]) if change else ""]
         )
         if pieces:
             rows[-1] += [f"{scores[entry]['by_depth']['all']['accuracy']:.1%}"]
-            rows[-1] += [difference(lost["pieces"]) if lost else ""]
+            rows[-1] += [difference(change["pieces"]) if change else ""]
     return Table(f"{name}{of_group(group)}", header, rows)
 
 
 def attention_table(report: dict[str, Any]) -> Table | None:
-    """How fast self-attention leaves the image, by model; `None` if nothing was probed where distances vary."""
+    """How attention to the image decays, by model and group; `None` without diagnostics of varying distances."""
     rows = []
-    for name, probes in report["probes"].items():
-        for group, attention in probes["attention"].items():
+    for name, summary in report["diagnostics"].items():
+        for group, attention in summary["attention"].items():
             decay = attention["decay"]
             if decay is None:
                 continue
@@ -226,12 +229,12 @@ def attention_table(report: dict[str, Any]) -> Table | None:
 
 
 def branch_table(report: dict[str, Any]) -> Table | None:
-    """What branches add, beside what is there; `None` if no probed model has any."""
+    """Size of what branches add, compared with the stream; `None` if no model has branches."""
     rows = []
-    for name, probes in report["probes"].items():
+    for name, summary in report["diagnostics"].items():
         gates = next(model["gates"] for model in report["models"] if model["name"] == name)
-        for layer, injected in probes["injected"].items():
-            residual, ffn = (probes[key][int(layer)]["mean"] for key in ("residual", "ffn"))
+        for layer, injected in summary["injected"].items():
+            residual, ffn = (summary[key][int(layer)]["mean"] for key in ("residual", "ffn"))
             rows.append(
                 [
                     name,
@@ -248,20 +251,22 @@ def branch_table(report: dict[str, Any]) -> Table | None:
 
 
 def of_group(group: str) -> str:
+    """What a title or a sentence adds about the group."""
     return "" if group == "all" else f" ({group})"
 
 
-def group_tables(report: dict[str, Any], make: Any) -> Iterator[Table]:
+def group_tables(report: dict[str, Any], make: Callable[[dict[str, Any], str], Table | None]) -> Iterator[Table]:
+    """The table of each group that has one."""
     for group in report["groups"]:
         table = make(report, group)
         if table is not None:
             yield table
 
 
-def knock_out_tables(report: dict[str, Any]) -> list[Table]:
+def ablation_tables(report: dict[str, Any]) -> list[Table]:
     return [
-        knock_out_table(report, group, name)
+        ablation_table(report, group, name)
         for name in intact_names(report)
-        if knocked_out(report, name)
+        if ablations_of(report, name)
         for group in report["groups"]
     ]
