@@ -1,8 +1,8 @@
 """
-This project's checkpoints as a model of lmms-eval, `qwen3_vl_pvm`. It needs lmms-eval, an extra.
+The model `qwen3_vl_pvm` of lmms-eval (an extra): any checkpoint of this project.
 
-lmms-eval's own `qwen3_vl` builds the stock class from whatever it is given: a PVM checkpoint then answers as its base,
-with a warning and no error. Here prompts, images and generation are that class's, and only the loading is not.
+lmms-eval's own `qwen3_vl` loads every checkpoint as the stock class, so a PVM checkpoint would answer like its base,
+with a warning and no error. This class loads with [`load_checkpoint`]; prompts, images and generation are inherited.
 """
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
@@ -19,20 +19,18 @@ from pvm.errors import UserError
 
 class Qwen3VLPVM(Qwen3_VL):
     """
-    A stock Qwen3-VL, a PVM checkpoint, its control or a PEFT adapter, loaded by [`load_checkpoint`].
+    A stock Qwen3-VL, a PVM checkpoint or a PEFT adapter.
 
     Args:
         pretrained (`str`): folder or Hub name.
-        dtype (`str`): "auto" is the checkpoint's.
-        batch_size (`int`): questions that are answered at once.
+        dtype (`str`): "auto" is the checkpoint's own.
+        batch_size (`int`): questions that are answered together.
         use_cache, min_pixels, max_pixels, total_pixels, max_num_frames, fps, system_prompt, enable_thinking:
-            as in lmms-eval's class. The ones for pixels and frames are for videos there; the size of images is
-            qwen_vl_utils' (at most 16,384 visual tokens).
+            as in lmms-eval's class, where those for pixels and frames only apply to videos; qwen_vl_utils limits the
+            size of images (to 16,384 visual tokens).
 
     Raises:
-        UserError: if there is no such checkpoint, or it would be evaluated as another model than it says, or there are
-            several processes.
-        TypeError: if the class of the loaded model is not that of its kind.
+        UserError: if there is no such checkpoint, it is incomplete, or there are several processes.
     """
 
     def __init__(
@@ -49,20 +47,20 @@ class Qwen3VLPVM(Qwen3_VL):
         system_prompt: str = "You are a helpful assistant.",
         enable_thinking: bool | None = None,
     ):
-        # Not the parent's: it does no more than this one, but loads the stock class.
+        # Instead of the parent's `__init__`, which loads the stock class.
         lmms.__init__(self)
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             raise UserError(
-                "qwen3_vl_pvm runs in one process, whose model is spread over all GPUs that it sees. To use several "
-                "GPUs apart, give each a command of its own with CUDA_VISIBLE_DEVICES."
+                "qwen3_vl_pvm runs in one process, with its model on all visible GPUs. To use GPUs separately, run a "
+                "command for each with CUDA_VISIBLE_DEVICES."
             )
         self.checkpoint = load_checkpoint(pretrained, dtype)
         self.processor = self.checkpoint.processor
         self._tokenizer = self.processor.tokenizer
         self._config = self.model.config
         self._device = self.model.device
-        self.device_map = str(self.model.device)  # where the parent's generation puts its inputs
+        self.device_map = str(self.model.device)  # the parent moves inputs there
         self.batch_size_per_gpu = int(batch_size)
         self.use_cache = use_cache
         self.min_pixels, self.max_pixels, self.total_pixels = min_pixels, max_pixels, total_pixels
@@ -73,7 +71,7 @@ class Qwen3VLPVM(Qwen3_VL):
     @property
     def model(self) -> PreTrainedModel | PeftModel:
         """
-        What generates. It is no attribute, because lmms-eval deletes those that are modules after each evaluation, and
-        benchmarks.py evaluates one model several times.
+        The model. Not an attribute, because lmms-eval deletes module attributes after each evaluation, and run.py
+        evaluates the model several times.
         """
         return self.checkpoint.model

@@ -1,4 +1,4 @@
-"""What is made of the runs of benchmarks.py: numbers with their intervals, and lmms.md."""
+"""From runs of benchmarks to numbers with intervals, and lmms.md."""
 
 import contextlib
 import inspect
@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from pvm.errors import REFUSALS, UserError
+from pvm.evaluation.bootstrap import central_95, resamples
 from pvm.evaluation.report import at_commit, checkpoint_lines
 from pvm.evaluation.tables import Table
 
@@ -19,23 +20,23 @@ if TYPE_CHECKING:  # an extra, and slow to import
 
 
 RESAMPLES = 1000
-TOLERANCE = 1e-9
+TOLERANCE = 1e-9  # relative, between a number of lmms-eval and the same number computed here
 
 
 def statistic(task: "Task", metric: str, runs: Sequence[dict[str, Any]]) -> Callable[[list[Any]], float] | None:
     """
-    What makes a number of a metric's values for each question: the task's own aggregation, or the mean where that is
-    one that writes files. `None` if neither gives the number of each of the `runs`.
+    The function from a metric's values for all questions to its number: the task's own aggregation, or the mean if
+    that writes files. `None` if it does not reproduce the number of each of the `runs`.
     """
     name = metric.partition(",")[0]
     aggregation = task.aggregation()[name]
 
     def aggregate(values: list[Any]) -> float:
-        with contextlib.redirect_stdout(io.StringIO()):  # MMMU's prints a table at each call
+        with contextlib.redirect_stdout(io.StringIO()):  # MMMU's prints a table
             return float(aggregation(values))
 
     function = aggregate
-    if "args" in inspect.signature(aggregation).parameters:  # so lmms-eval tells them apart, too
+    if "args" in inspect.signature(aggregation).parameters:  # of those that write files
         function = mean
     for run in runs:
         try:
@@ -50,13 +51,13 @@ def statistic(task: "Task", metric: str, runs: Sequence[dict[str, Any]]) -> Call
 def mean(values: list[float]) -> float:
     """
     Raises:
-        TypeError: if they are no numbers.
+        TypeError: if they are not numbers.
     """
     return sum(values) / len(values)
 
 
 def question_values(run: dict[str, Any], metric: str) -> tuple[list[int], list[Any]]:
-    """The questions that a metric counts, and its value for each."""
+    """The questions with a value of the metric, and the values."""
     name = metric.partition(",")[0]
     counted = [question for question in run["questions"] if name in question]
     return [question["doc_id"] for question in counted], [question[name] for question in counted]
@@ -64,7 +65,7 @@ def question_values(run: dict[str, Any], metric: str) -> tuple[list[int], list[A
 
 def resample(values: dict[str, list[list[Any]]], function: Callable[[list[Any]], float]) -> dict[str, np.ndarray]:
     """
-    The metric of every run over questions that are drawn again, the same ones for all models and runs.
+    The metric of each run on resampled questions, the same for all models and runs.
 
     Args:
         values: by model, for each run the values of each question.
@@ -73,16 +74,11 @@ def resample(values: dict[str, list[list[Any]]], function: Callable[[list[Any]],
         By model `[runs, resamples]`.
     """
     count = len(next(iter(values.values()))[0])
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(count, size=count).tolist() for _ in range(RESAMPLES)]
+    drawn = [rows.tolist() for rows in resamples(count, RESAMPLES, seed=0)]
     return {
         name: np.array([[function([run[k] for k in rows]) for rows in drawn] for run in runs])
         for name, runs in values.items()
     }
-
-
-def quantiles(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
 
 
 def compare(task: "Task", metric: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -91,12 +87,12 @@ def compare(task: "Task", metric: str, runs: dict[str, list[dict[str, Any]]]) ->
 
     Returns:
         `dict`: `n` questions; by model under `models`: `runs` (one number each), their `mean`, `range`, `t_interval`
-        (`None` of one run), and over questions `run_intervals` and `interval` of the mean; `differences` of the means
-        to the first model with their `interval`. Intervals over questions are `None` where the task's number cannot
-        be made again from its questions.
+        (`None` for one run), and over questions `run_intervals` and `interval` of the mean; `differences` of the means
+        to the first model with their `interval`. Intervals over questions are `None` if the number cannot be computed
+        from the questions.
 
     Raises:
-        UserError: if the runs are not about the same questions.
+        UserError: if the runs do not have the same questions.
     """
     first = next(iter(runs))
     read = {name: [question_values(run, metric) for run in model_runs] for name, model_runs in runs.items()}
@@ -120,19 +116,19 @@ def compare(task: "Task", metric: str, runs: dict[str, list[dict[str, Any]]]) ->
             "mean": float(np.mean(numbers)),
             "range": [min(numbers), max(numbers)],
             "t_interval": t_interval(numbers),
-            "run_intervals": None if samples is None else [quantiles(row) for row in samples[name]],
-            "interval": None if samples is None else quantiles(samples[name].mean(0)),
+            "run_intervals": None if samples is None else [central_95(row) for row in samples[name]],
+            "interval": None if samples is None else central_95(samples[name].mean(0)),
         }
         if name != first:
             differences[name] = {
                 "difference": models[name]["mean"] - models[first]["mean"],
-                "interval": None if samples is None else quantiles(samples[name].mean(0) - samples[first].mean(0)),
+                "interval": None if samples is None else central_95(samples[name].mean(0) - samples[first].mean(0)),
             }
     return {"n": len(set(questions)), "models": models, "differences": differences}
 
 
 def t_interval(numbers: Sequence[float]) -> list[float] | None:
-    """Student's 95 % interval of the mean of runs; `None` for one run."""
+    """Student's 95 % interval of the mean over runs; `None` for one run."""
     if len(numbers) < 2:
         return None
     half = stats.t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / np.sqrt(len(numbers))
@@ -148,7 +144,7 @@ def span(interval: Sequence[float] | None, sign: str = "") -> str:
 
 
 def metrics_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a row of the tables is called, and its numbers."""
+    """The label and numbers of each row of the tables."""
     for task, result in report["tasks"].items():
         for metric, numbers in result["metrics"].items():
             yield f"{task}: {metric.partition(',')[0]}", numbers
@@ -166,7 +162,7 @@ def results_table(report: dict[str, Any]) -> Table:
 
 
 def runs_table(report: dict[str, Any]) -> Table | None:
-    """`None` if there is one run only."""
+    """`None` for a single run."""
     if len(report["seeds"]) < 2:
         return None
     rows = [
@@ -188,7 +184,7 @@ def markdown_report(report: dict[str, Any]) -> str:
     """lmms.md."""
     settings, seeds = report["settings"], report["seeds"]
     sampled = settings["temperature"] > 0
-    how = "the most likely next token" if not sampled else f"sampling at temperature {settings['temperature']}"
+    how = "greedy decoding" if not sampled else f"sampling at temperature {settings['temperature']}"
     table, runs = results_table(report), runs_table(report)
     parts = [
         f"# {', '.join(model['name'] for model in report['models'])} on {', '.join(report['tasks'])}",
@@ -196,22 +192,22 @@ def markdown_report(report: dict[str, Any]) -> str:
         f"run{'s' if len(seeds) > 1 else ''} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}).",
         "## How to read this",
         "Each number is the task's own metric, as lmms-eval computes it, on its own scale (some are 0 to 1, some 0 to "
-        "100)" + (", averaged over the runs" if len(seeds) > 1 else "") + ". n counts questions. In brackets is the "
-        f"range of 95 % of the numbers when the questions are drawn again ({RESAMPLES:,} times, the same for all "
-        "models and runs): what other questions of the kind would change. A difference whose range holds 0 is none "
-        "that these questions show. Where there are no brackets, the number cannot be made again from its questions.",
+        "100)" + (", averaged over the runs" if len(seeds) > 1 else "") + ". n counts questions. In brackets: 95 % "
+        f"intervals over questions ({RESAMPLES:,} resamples, the same for all models and runs). If the interval of a "
+        "difference contains 0, these questions show no difference. There are no brackets where the number cannot be "
+        "computed from the questions.",
     ]
     if settings["max_samples"] is not None:
         first = settings["max_samples"]
-        parts.append(f"Only the first {first} questions of each task were asked, so these are no benchmark results.")
+        parts.append(f"Only the first {first} questions of each task were asked: these are not benchmark results.")
     if report["stand_ins"]:
-        parts.append(f"Not the paper's: {'; '.join(report['stand_ins'])}.")
+        parts.append(f"Different from the paper: {'; '.join(report['stand_ins'])}.")
     parts += ["## Results", table.markdown()]
     if runs is not None:
         parts += [
             "## Runs",
-            "The same questions with other seeds. The interval is Student's, of the mean over the runs: what other "
-            "seeds would change. It says nothing about other questions, nor about other trainings.",
+            "The same questions with other seeds. Student's interval of the mean over runs: it covers other seeds, "
+            "not other questions or trainings.",
             runs.markdown(),
         ]
     parts += [
@@ -221,8 +217,8 @@ def markdown_report(report: dict[str, Any]) -> str:
             for line, model in zip(checkpoint_lines(report), report["models"])
         ),
         "## How it was measured",
-        f"Passed to every task: `{report['generation']}`; what is not there is the task's own. Batch size "
-        f"{settings['batch_size']}. The prompts are those for lmms-eval's `{report['prompts']}`.",
+        f"Passed to every task: `{report['generation']}`; everything else is the task's own. Batch size "
+        f"{settings['batch_size']}. The prompts are lmms-eval's for `{report['prompts']}`.",
         "Versions: " + ", ".join(f"{package} {release}" for package, release in report["versions"].items()) + ".",
     ]
     return "\n\n".join(parts) + "\n"

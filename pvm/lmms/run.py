@@ -1,8 +1,8 @@
 """
-`eval.py --tasks`: public benchmarks through lmms-eval, for several checkpoints side by side.
+`eval.py --tasks`: public benchmarks through lmms-eval, for several checkpoints.
 
-lmms-eval brings the tasks: data, prompts, and how an answer is scored. The models are those of lmms.py. A run is one
-model's answers to one task with one seed; a finished one is kept in the output folder and is not run again.
+lmms-eval provides the tasks: data, prompts and scoring. A run is one model's answers to one task with one seed;
+finished runs are kept in the output folder and not repeated.
 """
 
 import difflib
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pvm.checkpoints.loading import checkpoint_state
-from pvm.checkpoints.names import public_name
+from pvm.checkpoints.names import checkpoint_state, public_name
 from pvm.errors import REFUSALS, UserError
 from pvm.evaluation.report import checkpoint_lines
+from pvm.files import write_atomically
 from pvm.lmms.report import compare, markdown_report, results_table, runs_table
 
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # an extra, and slow to import
 
 INSTALL = "pip install -r requirements-lmms.txt"
 
-# The paper's eight benchmarks, and the task of lmms-eval 0.7.3 that is or comes nearest to each.
+# The paper's eight benchmarks, and for each the same or the closest task of lmms-eval 0.7.3.
 PAPER = {
     "MMMU dev": "mmmu_val",
     "MMBench-CN lite": "mmbench_cn_dev_lite",
@@ -47,43 +47,43 @@ PAPER = {
     "AI2D lite": "ai2d_lite",
 }
 STAND_INS = {
-    "mmmu_val": "MMMU's validation set stands in for its dev set, which lmms-eval has not",
-    "mmt_val": "all of MMT-Bench's validation set stands in for its emotion questions, which lmms-eval has not apart",
+    "mmmu_val": "MMMU's validation set instead of its dev set, which lmms-eval lacks",
+    "mmt_val": "all of MMT-Bench's validation set instead of its emotion questions, for which lmms-eval has no task",
 }
-# Of these, lmms-eval has answers judged by an OpenAI model: all of MathVerse's, and those of MMBench that it cannot
-# read itself. Without a key it counts them as wrong (MathVerse) or guesses at random (MMBench), and says so nowhere.
+# Tasks whose answers lmms-eval has judged by an OpenAI model: all of MathVerse's, and those of MMBench that it cannot
+# parse. Without a key it silently counts them as wrong (MathVerse) or guesses at random (MMBench).
 JUDGED = ("mmbench_cn_dev_lite", "mmbench_en_dev_lite", "mathverse_testmini_vision_only")
 
-PROMPTS = "qwen3_vl"  # some tasks word their prompts by model: all models get those of the stock one
-TOP_P, TOP_K = 0.8, 20  # what Qwen3-VL's instruct checkpoints name as theirs
-# What is said where two runs differ in more than a word.
+PROMPTS = "qwen3_vl"  # some tasks have prompts by model: all models get those of the stock one
+TOP_P, TOP_K = 0.8, 20  # from the generation config of Qwen3-VL's instruct checkpoints
+# How differences between runs are called that are too long to print.
 STATES = {"model_state": "another state of this checkpoint", "task_files": "other files in --task_path"}
-# What lmms-eval's command line takes out of answers before they are scored.
+# What lmms-eval's command line removes from answers before scoring.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 @dataclass
 class BenchmarkArguments:
-    """Benchmarks through lmms-eval, in place of a data set."""
+    """Benchmarks through lmms-eval, instead of a data set."""
 
     tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Benchmarks, as lmms-eval calls them (needs lmms-eval; docs/benchmarks.md): `--tasks "
-            "mmstar,mathvision_testmini`. `paper` is the paper's eight. They take the place of --dataset_name."
+            "help": "Benchmarks by their names in lmms-eval (an extra, see docs/benchmarks.md): `--tasks "
+            "mmstar,mathvision_testmini`. `paper`: the paper's eight. Instead of --dataset_name."
         },
     )
-    task_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of further tasks."})
+    task_path: str | None = field(default=None, metadata={"help": "Folder with YAML files of your own tasks."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy. The paper samples at 0.7."})
-    top_p: float | None = field(default=None, metadata={"help": f"Of sampling; {TOP_P} by default."})
-    top_k: int | None = field(default=None, metadata={"help": f"Of sampling; {TOP_K} by default."})
-    runs: int = field(default=1, metadata={"help": "How often each task is answered, at successive seeds."})
+    top_p: float | None = field(default=None, metadata={"help": f"For sampling; {TOP_P} by default."})
+    top_k: int | None = field(default=None, metadata={"help": f"For sampling; {TOP_K} by default."})
+    runs: int = field(default=1, metadata={"help": "How often each task is answered, with successive seeds."})
     seed: int = field(default=0, metadata={"help": "Seed of the first run."})
 
 
 @dataclass
 class Settings:
-    """What applies to every run. None of it may differ between results that are shown side by side."""
+    """What all runs of a report have in common."""
 
     dtype: str
     batch_size: int
@@ -95,7 +95,7 @@ class Settings:
 
     @property
     def generation(self) -> str:
-        """As lmms-eval takes it. It wins over what a task says: MathVerse's `top_p: 0` would make sampling greedy."""
+        """In lmms-eval's format. Overrides the tasks: MathVerse's `top_p: 0` would make sampling greedy."""
         values = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
         if self.temperature > 0:
             values |= {"do_sample": True, "top_p": self.top_p, "top_k": self.top_k}
@@ -105,7 +105,7 @@ class Settings:
 
 
 def task_names(flags: BenchmarkArguments) -> list[str]:
-    """The names behind --tasks: separated by commas or spaces, `paper` written out, none twice."""
+    """The names in --tasks, which commas or spaces separate, without duplicates; `paper` is expanded."""
     words = [word for argument in flags.tasks for word in argument.split(",") if word]
     names = [name for word in words for name in (PAPER.values() if word == "paper" else [word])]
     return list(dict.fromkeys(names))
@@ -113,7 +113,7 @@ def task_names(flags: BenchmarkArguments) -> list[str]:
 
 def check(flags: BenchmarkArguments) -> None:
     """
-    Find what is wrong with the flags before anything is imported or loaded.
+    Refuse wrong flags before anything is imported or loaded.
 
     Raises:
         UserError: for anything that is wrong.
@@ -122,47 +122,47 @@ def check(flags: BenchmarkArguments) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--tasks needs {package.replace('_', '-')}, which is not installed: {INSTALL}")
     if flags.temperature < 0:
-        raise UserError(f"--temperature {flags.temperature}: give 0 (greedy) or more.")
+        raise UserError(f"--temperature {flags.temperature}: must be 0 (greedy) or more.")
     if flags.runs < 1:
-        raise UserError(f"--runs {flags.runs}: give a number from 1.")
+        raise UserError(f"--runs {flags.runs}: must be at least 1.")
     if flags.seed < 0:
-        raise UserError(f"--seed {flags.seed}: give a number from 0.")
+        raise UserError(f"--seed {flags.seed}: must be at least 0.")
     if flags.temperature == 0:
         if flags.runs > 1:
-            raise UserError(f"--runs {flags.runs} gives the same answers each time at --temperature 0. Choose one.")
+            raise UserError(f"--runs {flags.runs} gives the same answers each time at --temperature 0. Leave it out.")
         for name in ("top_p", "top_k"):
             if vars(flags)[name] is not None:
                 raise UserError(f"--{name} does nothing at --temperature 0, where nothing is sampled. Leave it out.")
     if flags.top_p is not None and not 0 < flags.top_p <= 1:
-        raise UserError(f"--top_p {flags.top_p}: give a number above 0 and up to 1.")
+        raise UserError(f"--top_p {flags.top_p}: must be above 0 and at most 1.")
     if flags.top_k is not None and flags.top_k < 1:
-        raise UserError(f"--top_k {flags.top_k}: give a number from 1.")
+        raise UserError(f"--top_k {flags.top_k}: must be at least 1.")
     if flags.task_path is not None and not list(Path(flags.task_path).glob("**/*.yaml")):
-        raise UserError(f"--task_path {flags.task_path}: it is no folder with .yaml files.")
+        raise UserError(f"--task_path {flags.task_path}: this is not a folder with .yaml files.")
     key = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
     judged = [name for name in task_names(flags) if name in JUDGED]
     if judged and not os.environ.get(key):
         raise UserError(
-            f"{', '.join(judged)}: lmms-eval has these answers judged by an OpenAI model, and without a key would "
-            f"count them wrong or guess. Set {key} (docs/benchmarks.md), or leave them out."
+            f"{', '.join(judged)}: lmms-eval has these answers judged by an OpenAI model; without a key it would "
+            f"count them as wrong or guess. Set {key} (see docs/benchmarks.md), or leave these tasks out."
         )
 
 
 def load_tasks(flags: BenchmarkArguments) -> dict[str, "Task"]:
     """
-    The tasks with their data, by name; of a group all its tasks.
+    The tasks with their data, by name. A group is expanded to its tasks.
 
     Raises:
-        UserError: if there is no such task, or its data cannot be had.
+        UserError: if a task does not exist or its data could not be loaded.
     """
-    import lmms_eval.models  # noqa: F401  (before the tasks: it tells the library's logger to keep to warnings)
+    import lmms_eval.models  # noqa: F401  (before the tasks: it limits the library's logger to warnings)
     from lmms_eval.evaluator_utils import get_task_list
     from lmms_eval.tasks import TaskManager, get_task_dict
     from tenacity import RetryError
 
     names, managers = task_names(flags), {}
     if flags.task_path is not None:
-        # In one index with lmms-eval's own tasks, a task of the folder would lose to one of the same name.
+        # In one index, lmms-eval's own tasks would win over those of the folder with the same name.
         local = TaskManager("WARNING", include_path=flags.task_path, include_defaults=False, model_name=PROMPTS)
         managers = {name: local for name in names if name in local.all_subtasks}
     if len(managers) < len(names):
@@ -171,17 +171,19 @@ def load_tasks(flags: BenchmarkArguments) -> dict[str, "Task"]:
         for name in names:
             if name not in managers[name].all_tasks:
                 close = difflib.get_close_matches(name, everything.all_tasks, n=4)
-                hint = f"Did you mean {' or '.join(close)}?" if close else "`lmms-eval tasks list` shows all."
+                hint = f"Did you mean {' or '.join(close)}?" if close else "`lmms-eval tasks list` lists all."
                 raise UserError(f"--tasks {name}: lmms-eval {version('lmms-eval')} has no such task. {hint}")
     tasks = {}
     for name, manager in managers.items():
         try:
             found = get_task_list(get_task_dict([name], manager, "chat"))
-        except RetryError as error:  # what getting data raises, after lmms-eval has tried it several times
+        except RetryError as error:  # lmms-eval tries several times to load data
             reason = error.last_attempt.exception()
-            raise UserError(f"--tasks {name}: its data cannot be had: {' '.join(str(reason).split())}") from reason
+            raise UserError(
+                f"--tasks {name}: its data could not be loaded: {' '.join(str(reason).split())}"
+            ) from reason
         except (OSError, AttributeError, LookupError, *REFUSALS) as error:
-            raise UserError(f"--tasks {name}: it cannot be loaded: {' '.join(str(error).split())}") from error
+            raise UserError(f"--tasks {name}: it could not be loaded: {' '.join(str(error).split())}") from error
         tasks |= {output.task_name: output.task for output in found if output.task is not None}
     for name, task in tasks.items():
         check_task(name, task)
@@ -191,21 +193,21 @@ def load_tasks(flags: BenchmarkArguments) -> dict[str, "Task"]:
 def check_task(name: str, task: "Task") -> None:
     """
     Raises:
-        UserError: if a task does not ask for text, or cannot score any: better known before a night of answers.
+        UserError: if a task does not generate text or fails to score it, before hours are spent on answers.
     """
     from tenacity import RetryError
 
     if task.config.output_type != "generate_until":
-        raise UserError(f"--tasks {name}: it asks for {task.config.output_type}, and only texts are written here.")
+        raise UserError(f"--tasks {name}: its type is {task.config.output_type}; only generated text is supported.")
     if name in JUDGED:
         return  # scoring costs money
     try:
         task.process_results(task.eval_docs[0], ["A"])
-    except RetryError as error:  # what scoring raises, after lmms-eval has tried it five times
+    except RetryError as error:  # lmms-eval tries five times to score
         reason = error.last_attempt.exception()
         raise UserError(
             f"--tasks {name}: it cannot score answers here ({type(reason).__name__}: {reason}). Some tasks need "
-            f"packages in certain versions: {INSTALL}, in an environment without requirements-dev.txt."
+            f"specific versions of packages: {INSTALL}, in an environment without requirements-dev.txt."
         ) from reason
 
 
@@ -221,7 +223,7 @@ def task_fingerprint(folder: str | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides the numbers."""
+    """Of the packages on which the numbers depend."""
     packages = ("torch", "transformers", "peft", "datasets", "lmms-eval", "qwen-vl-utils")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
@@ -231,7 +233,7 @@ def kept_run(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     A run that an earlier command finished; `None` if there is none.
 
     Raises:
-        UserError: if it is the result of something else than `key`.
+        UserError: if it was made with another `key`.
     """
     if not file.exists():
         return None
@@ -240,8 +242,8 @@ def kept_run(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         if run["key"][name] != value:
             difference = STATES.get(name, f"{name} {run['key'][name]}, and not {value}")
             raise UserError(
-                f"{file} was made with {difference}. Results of both would be mixed: choose another --output_dir, or "
-                "give --overwrite true to run all again."
+                f"{file} was made with {difference}. To avoid mixing results, choose another --output_dir, or give "
+                "--overwrite true to repeat all runs."
             )
     return run
 
@@ -251,29 +253,29 @@ def evaluate(model: "Qwen3VLPVM", task: "Task", settings: Settings, seed: int, f
     One run.
 
     Returns:
-        `dict`: `metrics` (`{"name,filter": number}`), `questions` (one `dict` each, with the answer and what each
-        metric makes of it), the task's `task_version`.
+        `dict`: `metrics` (`{"name,filter": number}`), `questions` (one `dict` each, with the answer and the values of
+        the metrics), and the task's `task_version`.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    # What lmms-eval's command line would have: tasks write what they submit under output_path.
+    # The options of lmms-eval's command line that tasks use: they write submission files to output_path.
     options = Namespace(
         output_path=str(folder), process_with_media=True, reasoning_tags=REASONING_TAGS, agentic_trace_mode="basic"
     )
     results = simple_evaluate(
         model=model,
         tasks=[task],
-        task_manager=TaskManager("WARNING", include_defaults=False),  # the task is there: none is looked up
+        task_manager=TaskManager("WARNING", include_defaults=False),  # the task is given: none is looked up
         batch_size=settings.batch_size,
         limit=settings.max_samples,
         gen_kwargs=settings.generation,
-        bootstrap_iters=0,  # intervals are made here, for all models and runs together
+        bootstrap_iters=0,  # intervals are computed here, for all models and runs together
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
         cli_args=options,
-        process_docs_parallel=1,  # some tasks guess at random where an answer chooses nothing: in a fixed order
+        process_docs_parallel=1,  # some tasks guess at random if an answer chooses nothing: keep the order
     )
     name = task.config.task
     metrics = {
@@ -282,26 +284,24 @@ def evaluate(model: "Qwen3VLPVM", task: "Task", settings: Settings, seed: int, f
         if isinstance(value, (int, float)) and "," in metric and "_stderr" not in metric
     }
     if not metrics:
-        raise UserError(f"--tasks {name}: it has no metric that is a number, so there is nothing to compare.")
+        raise UserError(f"--tasks {name}: none of its metrics is a number, so there is nothing to compare.")
     return {"metrics": metrics, "questions": results["samples"][name], "task_version": results["versions"][name]}
 
 
 def write_json(file: Path, content: Any) -> None:
-    """In one piece: a file that is there is whole."""
+    """With lmms-eval's conversion of types that JSON does not have."""
     from lmms_eval.utils import handle_non_serializable
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
     text = json.dumps(content, indent=1, ensure_ascii=False, default=handle_non_serializable)
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(file)
+    write_atomically(file, text + "\n")
 
 
 def run_all(
     models: dict[str, str], tasks: dict[str, "Task"], settings: Settings, flags: BenchmarkArguments, output_dir: Path
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """
-    Every run of every task by every model, those that are kept and those that are missing.
+    All runs of all tasks by all models. Finished ones are read, the others made.
 
     Returns:
         `dict`: by task and model, the runs in the order of their seeds.
@@ -323,7 +323,7 @@ def run_all(
                     "seed": seed,
                     **common,
                 }
-    kept = {which: kept_run(files[which], key) for which, key in keys.items()}  # all are looked at before any is run
+    kept = {which: kept_run(files[which], key) for which, key in keys.items()}  # all are checked before any is made
 
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {task: {name: [] for name in models} for task in tasks}
     for name, path in models.items():
@@ -338,11 +338,11 @@ def run_all(
                     print(f"{name}: {task}, seed {seed}", flush=True)
                     made = evaluate(model, tasks[task], settings, seed, files[which].with_suffix(""))
                     description = model.checkpoint.description
-                    base = description.base and public_name(description.base)["name"]  # a report is shown to others
+                    base = description.base and public_name(description.base)["name"]  # reports are shown to others
                     description = {**asdict(description), "base": base, "gates_on": description.gates_on}
                     run = {"key": keys[which], "model": description, **made}
                     write_json(files[which], run)
-                    run = json.loads(files[which].read_text(encoding="utf-8"))  # as it is when it is kept
+                    run = json.loads(files[which].read_text(encoding="utf-8"))  # as when it is read later
                 runs[task][name].append(run)
     return runs
 
@@ -353,7 +353,7 @@ def make_report(
     settings: Settings,
     flags: BenchmarkArguments,
 ) -> dict[str, Any]:
-    """Everything that lmms.json holds; the tables are made of nothing else."""
+    """The content of lmms.json, from which the tables are made."""
     models = {name: model_runs[0]["model"] for name, model_runs in next(iter(runs.values())).items()}
     results = {}
     for task, by_model in runs.items():
@@ -368,8 +368,7 @@ def make_report(
         "seeds": [flags.seed + k for k in range(flags.runs)],
         "versions": versions(),
         "models": [
-            {**description, "name": name, "label": name, "knock_out": "nothing"}
-            for name, description in models.items()
+            {**description, "name": name, "label": name, "ablation": "none"} for name, description in models.items()
         ],
         "prompts": PROMPTS,
         "paper": {paper: task for paper, task in PAPER.items() if task in results},
@@ -390,20 +389,19 @@ def run_benchmarks(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """
-    Run what is missing, and write lmms.json and lmms.md into `output_dir`.
+    Make the missing runs, and write lmms.json and lmms.md into `output_dir`.
 
     Args:
-        models (`dict[str, str]`): what the report calls each checkpoint, and its folder or Hub name.
-        max_samples (`int`, *optional*): ask the first so many questions of each task.
-        max_new_tokens (`int`, *optional*): in place of each task's own.
-        overwrite (`bool`): run all again, whatever is kept.
+        models (`dict[str, str]`): folder or Hub name of each checkpoint by its name in the report.
+        max_samples (`int`, *optional*): the number of questions of each task, from the first; all by default.
+        max_new_tokens (`int`, *optional*): instead of the task's own.
+        overwrite (`bool`): repeat finished runs.
 
     Returns:
-        `dict`: what is in lmms.json.
+        `dict`: the content of lmms.json.
 
     Raises:
-        UserError: for flags that contradict one another, unknown tasks or models, and results of other arguments in
-            `output_dir`.
+        UserError: for contradicting flags, unknown tasks or models, and runs with other arguments in `output_dir`.
     """
     check(flags)
     sampled = flags.temperature > 0
