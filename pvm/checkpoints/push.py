@@ -1,4 +1,4 @@
-"""What of a checkpoint's folder goes to the Hub, and how."""
+"""Pushes a checkpoint to the Hub: only files that belong to it, in one commit."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from pvm.errors import UserError
 
 
-# Everything else in a folder stays here: the optimizer's state, which is a pickle, and what tells where it was.
+# Nothing else is pushed: not the optimizer's state, which is a pickle, nor the run's own files, which hold paths.
 HUB_FILES = (
     *("config.json", "generation_config.json", "training.json", "README.md", "results.png", "*.py"),
     *("model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
@@ -23,29 +23,29 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*adapter_confi
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of the files that belong to its checkpoint."""
+    """The files that belong to a checkpoint, relative to its folder."""
     files = [file.relative_to(folder).as_posix() for file in sorted([*folder.glob("*"), *folder.glob("lora/*")])]
-    return [name for name in files if any(_same_folder(name, pattern) for pattern in HUB_FILES)]
-
-
-def _same_folder(name: str, pattern: str) -> bool:
-    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+    return [
+        name
+        for name in files
+        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in HUB_FILES)
+    ]
 
 
 def push(
     folder: Path, repo_id: str, commit_message: str, revision: str | None = None, token: str | None = None
 ) -> CommitInfo:
     """
-    Push a checkpoint as one commit, so that whoever loads it gets all of it or what was there before; weights of
-    another kind that lie in the repository are deleted in the same commit.
+    Push a checkpoint in one commit, so that loading it gives all of it or all of the former one. The commit also
+    deletes weights of other kinds that were in the repository.
 
     Args:
         folder (`Path`): of the checkpoint.
         repo_id (`str`): of the model on the Hub; it exists.
-        revision (`str`, *optional*): the branch, made if there is none of that name.
+        revision (`str`, *optional*): the branch, created if it does not exist.
 
     Raises:
-        UserError: if a file would tell a path of this machine.
+        UserError: if a file mentions a path of this machine.
     """
     names = checkpoint_files(folder)
     _refuse_paths(folder, names)
@@ -64,14 +64,14 @@ def push(
 
 def _refuse_paths(folder: Path, names: list[str]) -> None:
     for name in names:
-        # Of a tokenizer's many words some are folders, by accident.
+        # Vocabularies may contain words that look like paths.
         if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json", "added_tokens.json"):
             for value in _strings(json.loads((folder / name).read_text(encoding="utf-8"))):
                 if Path(value).is_absolute() and len(Path(value).parts) > 2:
                     raise UserError(
-                        f"{folder / name} names {value}, which only this machine has, and nothing that is pushed "
-                        "may. Give the base by its name on the Hub (--base_model_id), or push a whole checkpoint: "
-                        f"python -m pvm convert {folder} FOLDER --to full."
+                        f"{folder / name} mentions {value}, a path of this machine, and was not pushed. Give the base "
+                        "by its name on the Hub (--base_model_id), or push a whole checkpoint: "
+                        f"python -m pvm convert {folder} FOLDER --to whole."
                     )
 
 

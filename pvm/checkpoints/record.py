@@ -1,4 +1,4 @@
-"""The record of a training, training.json: what was trained, on what and how."""
+"""training.json, the record of a training in its checkpoints: what was trained, on what and how."""
 
 import json
 from dataclasses import dataclass
@@ -15,14 +15,21 @@ from pvm.checkpoints.names import public_name
 
 
 RECORD = "training.json"
-# What peft calls the module that it copied and now keeps unused beside the trained copy.
+# In the names of the frozen originals that peft keeps of modules that train as copies.
 PEFT_ORIGINAL = ".original_module"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
+# The settings of a run that are recorded.
+RECIPE = (
+    *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
+    *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
+    "seed",
+)
 
 
 @dataclass
 class ParameterCount:
-    """How many parameters a part of the model has, and how many of them train."""
+    """Number of parameters of a part of the model, in total and trainable."""
 
     part: str
     total: int
@@ -30,12 +37,12 @@ class ParameterCount:
 
 
 def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
-    """Counts by part (vision tower, language model with its head, branches, LoRA); the sum comes last."""
+    """Counts by part (vision tower, language model with its head, branches, LoRA), and the sum as the last one."""
     counts: dict[str, ParameterCount] = {}
     for name, parameter in model.named_parameters():
         if PEFT_ORIGINAL in name:
             continue
-        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # 4-bit weights: two in a byte
+        number = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # two 4-bit weights in a byte
         if ".pvm_block." in name:
             part = "branches"
         elif ".lora_" in name:
@@ -52,17 +59,16 @@ def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
     return [*counts.values(), total]
 
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
-
-
 def write_record(
     folder: Path, model: PreTrainedModel | PeftModel, settings: dict[str, Any] | None, state: TrainerState
 ) -> None:
     """
-    Write training.json: what was trained, on what and how, without paths of this machine.
+    Write training.json, without paths of this machine.
 
     Args:
-        settings (`dict`, *optional*): [`run_settings`].
+        folder (`Path`): of the checkpoint.
+        settings (`dict`, *optional*): what [`pvm.training.resume.run_settings`] returns.
+        state (`TrainerState`): steps, epochs and losses so far.
     """
     settings = settings or {}
     total = count_parameters(model)[-1]
@@ -71,7 +77,7 @@ def write_record(
     weights = settings.get("dataset_weights") or [None] * len(names)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     base, revision = settings.get("base_model"), settings.get("base_revision")
-    if isinstance(model.config, Qwen3VLPVMConfig):  # which may be made from another checkpoint with branches
+    if isinstance(model.config, Qwen3VLPVMConfig):  # training may have started from another PVM checkpoint
         base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     on_hub = base is not None and public_name(base)["on_hub"]
     record = {
@@ -92,10 +98,7 @@ def write_record(
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-# Of a run's settings, those that make its recipe.
-RECIPE = (
-    *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
-    *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
-    "seed",
-)
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of training.json; empty if there is none."""
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
