@@ -174,7 +174,7 @@ def test_the_examples_in_the_documentation(processor, media):
     assert visual_tokens == [16, 16, 16, 16, 32, 48, 32, 0]
 
 
-def test_placeholders_in_texts_of_the_user_only():
+def test_placeholders_are_in_the_users_texts_only_and_optional():
     turns = [
         {"from": "system", "value": "Be brief."},
         {"from": "human", "value": "First <image> then\n<video>\nand?"},
@@ -187,11 +187,8 @@ def test_placeholders_in_texts_of_the_user_only():
         assistant([text("An <image> tag.")]),
     ]
     assert conversation.videos == [{"path": "/b.mp4", "bytes": None, "frames": None}]
-
-
-def test_media_without_placeholders_go_before_the_first_user_message():
-    row = {"images": ["/a.png", "/b.png"], "videos": ["/c.mp4"], "messages": [user("?"), assistant("!")]}
-    assert to_conversation(row).messages[0] == user([IMAGE, IMAGE, VIDEO, text("?")])
+    without = {"images": ["/a.png", "/b.png"], "videos": ["/c.mp4"], "messages": [user("?"), assistant("!")]}
+    assert to_conversation(without).messages[0] == user([IMAGE, IMAGE, VIDEO, text("?")])
 
 
 def bad(*messages, **columns) -> dict:
@@ -507,8 +504,8 @@ def test_mixtures_keep_weights_and_numbers(media):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"dataset_weights": [1.0]}, "one number above 0 each; --dataset_name has 2"),
-        ({"dataset_weights": [1.0, 0.0]}, "one number above 0 each"),
+        ({"dataset_weights": [1.0]}, "one number above 0 for each of several data sets; --dataset_name has 2"),
+        ({"dataset_weights": [1.0, 0.0]}, "one number above 0 for each"),
         ({"dataset_split": ["a", "b", "c"]}, "--dataset_split has 3 values for 2 data sets"),
         ({"max_samples": [0]}, "--max_samples 0: it must be at least 1"),
         ({"max_skipped": 2.0}, "--max_skipped 2.0: give a number between 0 and 1"),
@@ -762,7 +759,7 @@ def test_a_stream_needs_steps_and_a_row_for_each_reader(processor, media, tmp_pa
     arguments = DataArguments([write(media, "three.jsonl", rows_of(3))], streaming=True)
     with pytest.raises(UserError, match="--streaming true needs --max_steps"):
         load(arguments, processor, tmp_path)
-    with pytest.raises(UserError, match="three.jsonl has 3 rows for 4 readers .the processes with their --dataloader"):
+    with pytest.raises(UserError, match="three.jsonl has 3 rows for 4 readers .processes x --dataloader_num_workers"):
         load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=4)
     assert len(take(load(arguments, processor, tmp_path, max_steps=1, dataloader_num_workers=3), 9)) == 9
 

@@ -69,7 +69,7 @@ class ConversationEncoder:
         try:
             inputs = self.processor(text=[text], **media, return_tensors="pt", return_mm_token_type_ids=True)
         except ValueError as error:  # for instance an extreme aspect ratio
-            raise UserError(f"the processor rejects it: {error}") from error
+            raise UserError(f"the processor rejects the conversation: {error}") from error
 
         # Inputs per token have a batch dimension of 1; those of images and videos have none.
         example = {key: inputs[key][0] for key in ("input_ids", "mm_token_type_ids")}

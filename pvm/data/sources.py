@@ -58,9 +58,7 @@ class DataArguments:
     )
     dataset_weights: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Sampling weight of each data set, e.g. 0.7 0.3. By default an epoch has every row of all once."
-        },
+        metadata={"help": "Sampling weight of each data set, e.g. 0.7 0.3. By default, an epoch has every row once."},
     )
     stopping_strategy: str = field(
         default="first_exhausted",
@@ -124,11 +122,13 @@ class DataArguments:
                 raise UserError(f"--{flag} has {len(values)} values for {count} data sets. Give one, or one for each.")
         if weights is not None and (len(weights) != count or count == 1 or min(weights) <= 0):
             raise UserError(
-                f"--dataset_weights {' '.join(map(str, weights))}: give two or more data sets one number above 0 "
-                f"each; --dataset_name has {count}."
+                f"--dataset_weights {' '.join(map(str, weights))}: give one number above 0 for each of several "
+                f"data sets; --dataset_name has {count}."
             )
         if weights is None and self.stopping_strategy != "first_exhausted":
-            raise UserError("--stopping_strategy only works with --dataset_weights; without, an epoch has every row.")
+            raise UserError(
+                "--stopping_strategy only works with --dataset_weights; without, an epoch has every row once."
+            )
         if not 0 <= self.max_skipped <= 1:
             raise UserError(f"--max_skipped {self.max_skipped}: give a number between 0 and 1.")
         for flag, value in (
@@ -153,13 +153,11 @@ class DataArguments:
             values * len(names) if len(values) == 1 else values
             for values in (self.dataset_config or [None], self.dataset_split, self.max_samples or [None])
         )
-        return [
-            Source(
-                name if names.count(name) == 1 else f"{name} ({', '.join(filter(None, (config_name, split)))})",
-                *(name, config_name, split, max_samples),
-            )
-            for name, config_name, split, max_samples in zip(names, *columns)
-        ]
+        sources = []
+        for name, config_name, split, max_samples in zip(names, *columns):
+            label = name if names.count(name) == 1 else f"{name} ({', '.join(filter(None, (config_name, split)))})"
+            sources.append(Source(label, name, config_name, split, max_samples))
+        return sources
 
 
 class Conversations:
@@ -175,7 +173,7 @@ class Conversations:
 
     def __init__(self, name: str, dataset: Dataset, folder: Path | None = None, rows: Sequence[int] | None = None):
         self.name = name
-        # Arrow rows leave images undecoded: decoded here, a broken image could not be named in the error.
+        # Images are decoded one by one in encoding, so that the error for a broken one can name it.
         self.dataset = dataset.with_format("arrow")
         self.features = undecoded(dataset.features)
         self.folder = folder
@@ -251,7 +249,7 @@ class Mixture:
     ):
         self.parts = parts
         self.places: list[tuple[int, int]] = []
-        # `mix` needs equal columns, which rows of different data sets do not have. Their places do.
+        # `mix` needs equal columns, which rows of different data sets may not have: their places are mixed instead.
         filled = [number for number, part in enumerate(parts) if len(part)]
         if filled:
             mixed = mix(

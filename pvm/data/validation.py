@@ -115,8 +115,8 @@ def check_streams(streams: Sequence[IterableDataset], names: Sequence[str], read
         rows = sum(1 for _ in stream.take(readers))
         if rows < readers:
             raise UserError(
-                f"{name} has {rows} rows for {readers} readers (the processes with their --dataloader_num_workers). "
-                "Leave out --streaming, or use fewer."
+                f"{name} has {rows} rows for {readers} readers (processes x --dataloader_num_workers). Use fewer "
+                "readers, or leave out --streaming."
             )
     first = (record for stream in streams for record in islice(stream, WATCH_AFTER))
     if needs_visuals and not any(record["images"] or record["videos"] for record in first):
