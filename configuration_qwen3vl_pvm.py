@@ -13,8 +13,7 @@ logger = logging.get_logger(__name__)
 # How the authors' implementation names itself in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
 
-# An adapter checkpoint's weights, under the name that `save_pretrained(variant="pvm")` gives them: no class of another
-# model takes them for its own.
+# The weights of an adapter checkpoint, as `save_pretrained(variant="pvm")` names them: no other class loads this file.
 ADAPTER_VARIANT = "pvm"
 ADAPTER_WEIGHTS_NAME = f"model.{ADAPTER_VARIANT}.safetensors"
 
@@ -24,8 +23,8 @@ PUBLISHED_PVM_LAYERS = {(4096, 36): [8, 16, 24], (2560, 36): [5, 11, 17]}
 
 def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
     """
-    The decoder layers that carry a branch when the user names none: the published ones for the 8B and 4B shapes,
-    elsewhere the same relative depths, 2/9, 4/9 and 6/9 of the decoder.
+    The decoder layers that carry a branch by default: the published ones for the shapes of 8B and 4B, else the same
+    relative depths, 2/9, 4/9 and 6/9 of the decoder.
     """
     published = PUBLISHED_PVM_LAYERS.get((hidden_size, num_hidden_layers))
     if published is not None:
@@ -36,26 +35,25 @@ def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
 @strict
 class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
     r"""
-    The stock text config with three fields more.
+    The stock text config with five more fields.
 
     Args:
         pvm_layers (`list[int]`, *optional*):
-            Indices of the decoder layers that carry a branch. Left out, they are resolved by
-            [`default_pvm_layers`] when the config is made, and saved.
+            Indices of the decoder layers that carry a branch; [`default_pvm_layers`] if left out.
         pvm_hidden_size (`int`, defaults to 512):
             Width of the branch (d' in the paper); a multiple of `head_dim`.
         pvm_causal (`bool`, defaults to `True`):
-            Whether a text token reads only the visual tokens before it. With `False` it reads all visual tokens of
-            its row, those of later turns included, as the authors' implementation does.
+            Whether a text token attends only to the visual tokens before it. With `False` it attends to all visual
+            tokens of its row, those of later turns included, as in the authors' implementation.
+        pvm_block (`str`, defaults to `"pvm"`):
+            The kind of branch: a key of `BLOCKS` in variants_qwen3vl_pvm.py.
         pvm_training (`dict`, *optional*):
-            Mark of a checkpoint whose branches were trained: `method`, `step`, and `base_model` with `base_revision`
-            if that was on the Hub. A marked checkpoint without its PVM weights, or with all gates at zero, is refused
-            when it is loaded.
+            Training metadata of a checkpoint: `method`, `step`, and `base_model` with `base_revision` if that was on
+            the Hub. A checkpoint that has it but lacks branch weights, or has all gates at zero, is refused.
 
     Raises:
         ValueError: for the text config of a mixture-of-experts model.
-        StrictDataclassClassValidationError: for layers or a width that the decoder cannot have; the message says what
-            to write instead.
+        StrictDataclassClassValidationError: for layers or a width that do not fit the decoder.
     """
 
     model_type = "qwen3_vl_pvm_text"
@@ -63,14 +61,15 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
     pvm_layers: list[int] | tuple[int, ...] | None = None
     pvm_hidden_size: int = 512
     pvm_causal: bool = True
+    pvm_block: str = "pvm"
     pvm_training: dict | None = None
 
     def __post_init__(self, **kwargs):
         experts = sorted(name for name in kwargs if "experts" in name)
         if experts:
             raise ValueError(
-                f"PVM supports the dense Qwen3-VL models only, and this text config has `{experts[0]}`: it belongs to "
-                "a mixture-of-experts model. Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
+                f"PVM supports dense Qwen3-VL models only, and `{experts[0]}` belongs to a mixture-of-experts model. "
+                "Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
             )
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
@@ -94,13 +93,12 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
 
     # `strict` runs the `validate_*` methods after construction.
     def validate_pvm_layers(self):
-        """Refuse branches in layers that do not exist, or two in one layer."""
         last = self.num_hidden_layers - 1
         suggestion = default_pvm_layers(self.hidden_size, self.num_hidden_layers)
         if len(self.pvm_layers) == 0:
             raise ValueError(
-                "`pvm_layers` is empty, so there would be no branch at all. Name at least one decoder layer, e.g. "
-                f"`pvm_layers={suggestion}`, or leave it out; for a model without branches use the stock class."
+                f"`pvm_layers` is empty. Name at least one decoder layer, e.g. `pvm_layers={suggestion}`, or leave it "
+                "out; for a model without branches use the stock class."
             )
         wrong = [index for index in self.pvm_layers if not 0 <= index <= last]
         if wrong:
@@ -110,12 +108,11 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
             )
         if len(set(self.pvm_layers)) != len(self.pvm_layers):
             raise ValueError(
-                f"`pvm_layers={list(self.pvm_layers)}` names a layer twice, and a layer holds one branch. Write "
+                f"`pvm_layers={list(self.pvm_layers)}` names a layer twice, but a layer has one branch. Write "
                 f"`pvm_layers={sorted(set(self.pvm_layers))}`."
             )
 
     def validate_pvm_hidden_size(self):
-        """Refuse a width that does not split into whole attention heads."""
         lower = max(self.pvm_hidden_size // self.head_dim, 1) * self.head_dim
         if self.pvm_hidden_size <= 0 or self.pvm_hidden_size % self.head_dim != 0:
             raise ValueError(
@@ -140,12 +137,11 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     Args:
         base_model_name_or_path (`str`, *optional*):
-            Makes the checkpoint an adapter, which holds its branches only: the Hub name or folder of the model whose
-            other weights it takes.
+            Of an adapter checkpoint, which holds branches only: Hub name or folder of the model with all other weights.
         base_model_revision (`str`, *optional*):
             Branch, tag or commit of the base on the Hub.
         peft_adapter (`str`, *optional*):
-            Subfolder of an adapter checkpoint with a PEFT adapter (LoRA) of the backbone that belongs to it.
+            Subfolder of an adapter checkpoint with a PEFT adapter (LoRA) that was trained with the branches.
 
     Example:
 
@@ -158,25 +154,20 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     model_type = "qwen3_vl_pvm"
     sub_configs = {"vision_config": Qwen3VLConfig.sub_configs["vision_config"], "text_config": Qwen3VLPVMTextConfig}
-    # Named by class, so that every save writes the code file beside the config.
+    # Every save writes the code file beside the config.
     _auto_class = "AutoConfig"
 
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     peft_adapter: str | None = None
 
-    @property
-    def transformers_weights(self) -> str | None:
-        """The file of weights beside the config, where `from_pretrained` is not to look for `model.safetensors`."""
-        return None if self.base_model_name_or_path is None else ADAPTER_WEIGHTS_NAME
-
     def __post_init__(self, **kwargs):
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = Qwen3VLPVMTextConfig(**(self.text_config or {}))
         elif not isinstance(self.text_config, Qwen3VLPVMTextConfig):
             raise ValueError(
-                f"`text_config` is a {type(self.text_config).__name__}, which has no PVM fields. Write "
-                "`Qwen3VLPVMConfig.from_stock(config, pvm_layers=...)` to convert a stock Qwen3-VL config."
+                f"`text_config` is a {type(self.text_config).__name__}, which has no PVM fields. Convert a stock Qwen3-VL "
+                "config with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=...)`."
             )
         super().__post_init__(**kwargs)
 
@@ -187,7 +178,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
         Args:
             config (`Qwen3VLConfig`): the config of a dense Qwen3-VL model.
-            pvm_fields: `pvm_layers`, `pvm_hidden_size`, `pvm_causal`; see [`Qwen3VLPVMTextConfig`].
+            pvm_fields: of [`Qwen3VLPVMTextConfig`].
 
         Raises:
             ValueError: if `config` is not that of a dense Qwen3-VL model.
@@ -213,11 +204,11 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
         fields = {**config_dict, "model_type": cls.model_type}
         if fields.pop("architectures", None) == [REFERENCE_ARCHITECTURE]:
             logger.warning(
-                f"This checkpoint was written by the authors' implementation ({REFERENCE_ARCHITECTURE}), in which a "
-                "text token also reads images that come after it: loading it with `pvm_causal=False`."
+                f"This checkpoint was written by the authors' implementation ({REFERENCE_ARCHITECTURE}), in which text "
+                "also attends to images that come after it: loading it with `pvm_causal=False`."
             )
-            mark = {"method": "pvm", "step": None, "implementation": REFERENCE_ARCHITECTURE}
-            fields["text_config"] = {**fields["text_config"], "pvm_causal": False, "pvm_training": mark}
+            metadata = {"method": "pvm", "step": None, "implementation": REFERENCE_ARCHITECTURE}
+            fields["text_config"] = {**fields["text_config"], "pvm_causal": False, "pvm_training": metadata}
         return fields
 
 

@@ -104,7 +104,7 @@ def test_from_stock_keeps_every_field():
     config = Qwen3VLPVMConfig.from_stock(stock, pvm_layers=[2], pvm_hidden_size=64, pvm_causal=False)
     before, after = stock.to_dict(), config.to_dict()
 
-    pvm_fields = {"pvm_layers": [2], "pvm_hidden_size": 64, "pvm_causal": False, "pvm_training": None}
+    pvm_fields = {"pvm_layers": [2], "pvm_hidden_size": 64, "pvm_causal": False, "pvm_block": "pvm", "pvm_training": None}
     assert {name: after["text_config"].pop(name) for name in pvm_fields} == pvm_fields
     assert not any(after.pop(name) for name in ("base_model_name_or_path", "base_model_revision", "peft_adapter"))
     assert after.pop("model_type") == "qwen3_vl_pvm"
@@ -180,7 +180,7 @@ def test_refuses_the_text_config_of_a_mixture_of_experts_model():
 
 
 def test_refuses_a_text_config_without_pvm_fields():
-    with pytest.raises(ValueError, match=r"Qwen3VLTextConfig.*Write `Qwen3VLPVMConfig.from_stock"):
+    with pytest.raises(ValueError, match=r"Qwen3VLTextConfig.*with `Qwen3VLPVMConfig.from_stock"):
         Qwen3VLPVMConfig(text_config=tiny.stock_config().text_config)
 
 

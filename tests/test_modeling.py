@@ -28,7 +28,8 @@ from modeling_qwen3vl_pvm import (
 from tiny import BATCHES, branches, image, text, video
 
 
-REFERENCE = Path(__file__).parent / "reference_case"
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "tests" / "reference_case"
 REFERENCE_INPUTS = ("a_one_image", "b_two_sizes_left")
 MARK = {"method": "pvm", "step": 10}
 
@@ -518,15 +519,10 @@ def test_stock_recordings_are_untouched(model):
 
 # ---------------------------------------------------------------------------------------------- training
 
-CHECKPOINTING = [{"use_reentrant": True}, {"use_reentrant": False}]
 
-
-# torch says so of the frozen layers below the first branch, and rightly.
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("kind", CHECKPOINTING, ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("rows", ["several images", "mixed rows", "text only"])
 @pytest.mark.parametrize("mixed_precision", [False, True], ids=["float32", "bfloat16 backbone"])
-def test_gradient_checkpointing_with_a_frozen_backbone(kind, rows, mixed_precision):
+def test_gradient_checkpointing_with_a_frozen_backbone(rows, mixed_precision):
     model = tiny.build()
     if mixed_precision:
         model.to(torch.bfloat16)
@@ -535,20 +531,21 @@ def test_gradient_checkpointing_with_a_frozen_backbone(kind, rows, mixed_precisi
     train_branches_only(model)
     batch = tiny.inputs(*BATCHES[rows])
     plain = gradients(model, batch)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
-    model.disable_input_require_grads()  # transformers' own hook on the embeddings: the branches do without
+    model.gradient_checkpointing_enable()
     assert_same_gradients(gradients(model, batch), plain)
     assert all((gradient == 0).all() for gradient in plain.values()) == (rows == "text only")
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTING, ids=["reentrant", "not reentrant"])
-def test_gradient_checkpointing_with_everything_trainable(kind):
+def test_reentrant_gradient_checkpointing_is_refused(model):
+    with pytest.raises(ValueError, match="Leave `use_reentrant` out"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_gradient_checkpointing_with_everything_trainable():
     model = tiny.build().train()
     batch = tiny.inputs(*BATCHES["mixed rows"])
     plain = gradients(model, batch, names="")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
-    if kind["use_reentrant"]:
-        model.enable_input_require_grads()  # as the Trainer does; the tower's input has no gradient otherwise
+    model.gradient_checkpointing_enable()
     assert_same_gradients(gradients(model, batch, names=""), plain, atol=1e-5)
     assert any(gradient.abs().max() > 1e-4 for name, gradient in plain.items() if ".visual." in name)
 
@@ -595,16 +592,14 @@ def test_frozen_layers_below_the_first_branch_are_not_differentiated():
     assert [streams[index].requires_grad for index in range(4)] == [False, True, True, True]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("kind", CHECKPOINTING, ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("trained_below", [False, True])
-def test_frozen_layers_below_the_first_branch_are_not_run_again(kind, trained_below):
+def test_frozen_layers_below_the_first_branch_are_not_run_again(trained_below):
     """With checkpointing a layer runs twice if it is differentiated: all from the first that trains, and no other."""
     model = train_branches_only(tiny.build(pvm_layers=[2, 3]))
     layers = model.model.language_model.layers
     if trained_below:  # as LoRA may
         layers[1].mlp.requires_grad_(True)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+    model.gradient_checkpointing_enable()
     runs = [0] * 4
     for index, layer in enumerate(layers):
         layer.input_layernorm.register_forward_hook(
@@ -677,13 +672,13 @@ def test_loads_through_auto_classes_from_a_folder_alone(model, tmp_path):
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
     model.save_pretrained(folder)
-    assert {path.name for path in folder.glob("*.py")} == {"configuration_qwen3vl_pvm.py", "modeling_qwen3vl_pvm.py"}
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in ROOT.glob("*_qwen3vl_pvm.py")}
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors"}
     batch = tiny.inputs(*BATCHES["one image"])
     save_file(batch, tmp_path / "inputs.safetensors")
     save_file({"logits": model(**batch).logits.detach()}, tmp_path / "logits.safetensors")
     # The one thing taken along: what makes torchvision importable on machines whose wheel does not match.
-    fallback = Path(__file__).parent.parent / "pvm" / "torchvision_fallback.py"
+    fallback = ROOT / "pvm" / "torchvision_fallback.py"
     (elsewhere / "pvm_torchvision.py").write_text(fallback.read_text() + "\nimport_torchvision()\n")
     (elsewhere / "load.py").write_text(LOAD_ELSEWHERE)
 

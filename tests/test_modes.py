@@ -14,7 +14,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, Qwen3VLForConditionalGeneration, StaticCache
 
 import tiny
-from modeling_qwen3vl_pvm import VisualMemoryLayerMixin
+from cache_qwen3vl_pvm import VisualMemoryLayerMixin, get_visual_memory
 from tiny import BATCHES, image, text, video
 
 
@@ -244,7 +244,7 @@ def test_turns_of_a_chat(model, turns, whole):
     for parts in TURNS[turns]:
         chat.turn([parts], whole)
         chat.assert_greedy()
-    assert chat.cache.layers[1].visual_memory.keys.shape[2] == sum(
+    assert get_visual_memory(chat.cache).keys[1].shape[2] == sum(
         part["grid"][0] * part["grid"][1] * part["grid"][2] // tiny.MERGE_SIZE**2
         for parts in TURNS[turns]
         for part in parts

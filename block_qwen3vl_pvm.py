@@ -1,0 +1,204 @@
+# Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
+"""
+The branch of Persistent Visual Memory (PVM, arXiv 2605.00814): a gated cross-attention from text tokens to the visual
+embeddings V as they entered the decoder. With x the residual stream of a text token after self-attention,
+
+    q      = RMSNorm(W_text x)                       hidden_size -> pvm_hidden_size
+    V'     = W_vision V                              hidden_size -> pvm_hidden_size
+    a      = CrossAttention(q; keys and values of V')
+    h      = a + SwiGLU(RMSNorm(a))
+    branch = gate * RMSNorm(W_out h)                 pvm_hidden_size -> hidden_size
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextMLP,
+    Qwen3VLTextRMSNorm,
+    eager_attention_forward,
+)
+
+
+try:
+    from .cache_qwen3vl_pvm import VisualMemory
+    from .configuration_qwen3vl_pvm import Qwen3VLPVMTextConfig
+except ImportError:  # in a checkout, where this file is a top-level module
+    from cache_qwen3vl_pvm import VisualMemory
+    from configuration_qwen3vl_pvm import Qwen3VLPVMTextConfig
+
+
+class CrossAttentionMetadata(NamedTuple):
+    """
+    Cross-attention metadata of one forward pass, shared by all branches. `query` counts the tokens of this pass that go
+    through the branches, `visual` the visual tokens so far, those of earlier passes included.
+
+    query_index (`torch.LongTensor` `[batch, query]`, *optional*): which tokens of this pass; `None`: all of them.
+    attends (`torch.BoolTensor` `[batch, query, 1]`, *optional*): queries that attend to any visual token; `None`: all.
+    mask (`torch.BoolTensor` `[batch, 1, query, visual]`, *optional*): who attends to whom; `None`: all to all.
+    """
+
+    query_index: torch.LongTensor | None = None
+    attends: torch.BoolTensor | None = None
+    mask: torch.BoolTensor | None = None
+
+
+class Qwen3VLPVMCrossAttention(nn.Module):
+    """Attention from text to visual tokens with the backbone's head size, GQA ratio and head norms, without rotary."""
+
+    def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        heads, key_value_heads = config.pvm_num_attention_heads, config.pvm_num_key_value_heads
+        self.num_heads, self.num_key_value_heads = heads, key_value_heads
+        self.num_key_value_groups = heads // key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+
+        hidden_size, bias = config.pvm_hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=bias)
+        self.q_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3VLTextRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        visual_states: torch.Tensor | None,
+        metadata: CrossAttentionMetadata,
+        memory: VisualMemory | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            query_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): the text tokens.
+            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): the visual tokens of this
+                pass; `None` if all are in memory.
+            metadata (`CrossAttentionMetadata`): who attends to whom.
+            memory (`VisualMemory`, *optional*): of the cache; `None` without one.
+
+        Returns:
+            `[batch, query, pvm_hidden_size]`, exactly zero for a query that attends to nothing; and, with eager
+            attention, the weights `[batch, heads, query, visual]`.
+        """
+        head_shape = (query_states.shape[0], -1, self.num_heads, self.head_dim)
+        query = self.q_norm(self.q_proj(query_states).view(head_shape)).transpose(1, 2)
+        if visual_states is None:
+            key, value = memory.keys[self.layer_idx], memory.values[self.layer_idx]
+        else:
+            head_shape = (query_states.shape[0], -1, self.num_key_value_heads, self.head_dim)
+            key = self.k_norm(self.k_proj(visual_states).view(head_shape)).transpose(1, 2)
+            value = self.v_proj(visual_states).view(head_shape).transpose(1, 2)
+            if memory is not None:
+                key, value = memory.update(self.layer_idx, key, value)
+
+        implementation, mask = self.config._attn_implementation, metadata.mask
+        if implementation == "eager":
+            if mask is not None:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        elif mask is not None or query.dtype == torch.float32:
+            # Flash attention takes neither a mask of this form nor float32.
+            implementation = "sdpa"
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,  # [batch, heads, query, head_dim]
+            key,  # [batch, key_value_heads, visual, head_dim]
+            value,
+            mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*query_states.shape[:2], -1))
+        if metadata.attends is not None:
+            attn_output = attn_output.masked_fill(~metadata.attends, 0.0)
+            if attn_weights is not None:
+                attn_weights = attn_weights.masked_fill(~metadata.attends[:, None], 0.0)
+        return attn_output, attn_weights
+
+
+class Qwen3VLPVMBlock(nn.Module):
+    """
+    Persistent Visual Memory as published. Parameters have the names of the authors' implementation.
+
+    Variants override [`~Qwen3VLPVMBlock.gate`] or [`~Qwen3VLPVMBlock.attend`]; see variants_qwen3vl_pvm.py.
+    """
+
+    # Whether the branch depends on what the image shows.
+    reads_image = True
+
+    def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
+        super().__init__()
+        latent_config = copy.deepcopy(config)
+        latent_config.hidden_size = config.pvm_hidden_size
+        latent_config.intermediate_size = config.pvm_intermediate_size
+
+        self.layer_idx = layer_idx
+        self.text_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
+        self.vision_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
+        self.input_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
+        self.cross_attn = Qwen3VLPVMCrossAttention(config, layer_idx)
+        self.post_attn_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Qwen3VLTextMLP(latent_config)
+        self.output_expander = nn.Linear(config.pvm_hidden_size, config.hidden_size, bias=False)
+        self.gate_alpha = nn.Parameter(torch.zeros(1))
+        self.eps = config.rms_norm_eps
+
+    def gate(self, query_states: torch.Tensor) -> torch.Tensor:
+        """
+        How much of the branch is added: the published scalar `[1]`, or any shape that broadcasts to `[batch, query, 1]`.
+
+        Args:
+            query_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): q.
+        """
+        return self.gate_alpha
+
+    def attend(
+        self,
+        query_states: torch.Tensor,
+        visual_embeds: torch.Tensor | None,
+        metadata: CrossAttentionMetadata,
+        memory: VisualMemory | None,
+    ) -> torch.Tensor:
+        """From q and V to a, `[batch, query, pvm_hidden_size]`; arguments as in [`~Qwen3VLPVMBlock.forward`]."""
+        visual_states = None if visual_embeds is None else self.vision_reducer(visual_embeds)
+        return self.cross_attn(query_states, visual_states, metadata, memory)[0]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_embeds: torch.Tensor | None,
+        metadata: CrossAttentionMetadata,
+        memory: VisualMemory | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` `[batch, query, hidden_size]`): x.
+            visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
+            metadata, memory: as in [`Qwen3VLPVMCrossAttention`].
+
+        Returns:
+            `torch.Tensor` `[batch, query, hidden_size]` in the dtype of `hidden_states`: what is added to the stream.
+        """
+        # The branch may have another dtype than the backbone: float32 in training, where AdamW needs it.
+        dtype = self.gate_alpha.dtype
+        query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))
+        visual_embeds = None if visual_embeds is None else visual_embeds.to(dtype)
+        attended = self.attend(query_states, visual_embeds, metadata, memory)
+        attended = attended + self.mlp(self.post_attn_norm(attended))
+        expanded = self.output_expander(attended)
+        # RMSNorm without a weight: the gate alone sets the size of the branch.
+        expanded = nn.functional.rms_norm(expanded.float(), expanded.shape[-1:], eps=self.eps)
+        return (self.gate(query_states) * expanded).to(hidden_states.dtype)
+
+
+def pvm_blocks(model: nn.Module) -> dict[int, Qwen3VLPVMBlock]:
+    """The branches of a model by decoder layer; empty for a stock one. Of the two copies peft makes, the trained one."""
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)}

@@ -1,0 +1,151 @@
+# Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
+"""
+The visual memory of a conversation, and how it rides with the KV cache.
+
+There is one memory per cache: the keys and values of every branch, and where in the sequence their tokens are. The first
+cache layer carries it, whatever the class of that layer, so that everything done to the cache is done to the memory.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+# Position of an empty slot, in rows that have fewer visual tokens than others of the batch: after every query.
+NO_POSITION = torch.iinfo(torch.int32).max
+
+
+@dataclass
+class VisualMemory:
+    """
+    Keys and values of the visual tokens seen so far. An offloaded cache leaves them on the accelerator: they are about
+    1 % of its bytes.
+
+    positions (`torch.IntTensor` `[batch, visual]`): in the sequence; `NO_POSITION` in empty slots.
+    rope_deltas (`torch.IntTensor` `[batch, visual]`): rotary position of text that would follow the token, minus the
+        number of tokens (without padding) up to it.
+    complete (`bool`): no slot is empty.
+    keys, values (`dict[int, torch.Tensor]`): for each decoder layer with a branch, `[batch, key_value_heads, visual,
+        head_dim]`, in the branch's dtype.
+    """
+
+    positions: torch.IntTensor
+    rope_deltas: torch.IntTensor
+    complete: bool
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def update(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values of new visual tokens, and return all of the layer."""
+        if layer_idx in self.keys:
+            keys = torch.cat([self.keys[layer_idx], keys], dim=2)
+            values = torch.cat([self.values[layer_idx], values], dim=2)
+        self.keys[layer_idx], self.values[layer_idx] = keys, values
+        return keys, values
+
+    @property
+    def next_rope_delta(self) -> torch.LongTensor:
+        """`[batch, 1]`: rotary position minus token count for the text that follows; 0 in rows without images."""
+        present = self.positions != NO_POSITION
+        last = self.positions.masked_fill(~present, -1).argmax(dim=1, keepdim=True)
+        return self.rope_deltas.gather(1, last).masked_fill(~present.any(dim=1, keepdim=True), 0).long()
+
+    def select(self, rows: torch.LongTensor) -> "VisualMemory":
+        """The memory of the given batch rows, in that order."""
+
+        def selected(states: torch.Tensor) -> torch.Tensor:
+            return states[rows.to(states.device)]
+
+        return VisualMemory(
+            selected(self.positions),
+            selected(self.rope_deltas),
+            self.complete,
+            {layer_idx: selected(keys) for layer_idx, keys in self.keys.items()},
+            {layer_idx: selected(values) for layer_idx, values in self.values.items()},
+        )
+
+    def crop(self, length: int) -> "VisualMemory | None":
+        """The memory of the first `length` positions of the sequence; `None` if there are no visual tokens."""
+        positions = self.positions.masked_fill(self.positions >= length, NO_POSITION)
+        kept = (positions != NO_POSITION).any(dim=0)
+        if not kept.any():
+            return None
+        return VisualMemory(
+            positions[:, kept],
+            self.rope_deltas[:, kept],
+            bool((positions[:, kept] != NO_POSITION).all()),
+            {layer_idx: keys[:, :, kept.to(keys.device)] for layer_idx, keys in self.keys.items()},
+            {layer_idx: values[:, :, kept.to(values.device)] for layer_idx, values in self.values.items()},
+        )
+
+
+class VisualMemoryLayerMixin:
+    """A cache layer of any class that also carries the [`VisualMemory`]."""
+
+    layer_class: type[CacheLayerMixin]
+    visual_memory: VisualMemory | None = None
+
+    def reset(self):
+        super().reset()
+        self.visual_memory = None
+
+    def crop(self, *args, **kwargs):
+        super().crop(*args, **kwargs)
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.visual_memory is not None:
+            self._select(torch.arange(len(self.visual_memory.positions)).repeat_interleave(repeats))
+
+    def _select(self, rows):
+        if self.visual_memory is not None:
+            self.visual_memory = self.visual_memory.select(rows)
+
+    def __reduce__(self):
+        # Pickle cannot import a class made at run time; it can remake it from the layer class that it extends.
+        return _new_layer, (self.layer_class,), self.__dict__
+
+
+@functools.cache
+def _with_visual_memory(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    # `_layer_type` must not be inherited: transformers would use the subclass for every cache made later.
+    attributes = {"layer_class": layer_class, "_layer_type": None, "__module__": __name__}
+    return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), attributes)
+
+
+def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
+    layer_class = _with_visual_memory(layer_class)
+    return layer_class.__new__(layer_class)
+
+
+def get_visual_memory(past_key_values: Cache | None) -> VisualMemory | None:
+    """The memory that rides with a cache; `None` if it has seen no image."""
+    if past_key_values is None or not past_key_values.layers:
+        return None
+    layer = past_key_values.layers[0]
+    return layer.visual_memory if isinstance(layer, VisualMemoryLayerMixin) else None
+
+
+def set_visual_memory(past_key_values: Cache, memory: VisualMemory) -> None:
+    """
+    Let the memory ride with the first cache layer. At first use that layer, of whatever class, is replaced by one of a
+    subclass that shares all its attributes.
+    """
+    layer = past_key_values.layers[0]
+    if not isinstance(layer, VisualMemoryLayerMixin):
+        carrier = _new_layer(type(layer))
+        carrier.__dict__ = layer.__dict__
+        past_key_values.layers[0] = layer = carrier
+    layer.visual_memory = memory
