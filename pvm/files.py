@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete."""
+"""The one way to write a file atomically."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 
 def write_atomically(path: Path, text: str) -> None:
     """
-    Write a text file (UTF-8) so that a reader, or an interruption, finds the old content or all of the new one.
+    Write a text file (UTF-8) so that its path always holds either the old content or the complete new one.
 
     Args:
-        path (`Path`): its folder exists.
+        path (`Path`): its folder must exist.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:

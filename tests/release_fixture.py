@@ -25,9 +25,9 @@ BATCH = tiny.inputs(*tiny.BATCHES["mixed rows"])
 def save_run(model, method: str, folder: Path) -> None:
     """What a training's save writes."""
     arguments = PVMTrainingArguments(str(folder), use_cpu=True)
-    trainer = PVMTrainer(model, arguments, method=method)
+    trainer = PVMTrainer(model, arguments, settings={"method": method})
     trainer.state.global_step = trainer.state.max_steps = 10
-    trainer._save(str(folder))
+    trainer.save_model()
 
 
 def main(folder: Path) -> None:

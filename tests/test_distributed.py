@@ -1,23 +1,22 @@
 """
-Two processes with gloo, launched with the accelerate configs that ship: what they learn is what one process learns.
+Two processes with gloo, launched with the accelerate configs in recipes/: what they learn is what one process learns.
 
 The GPUs that the configs name are replaced by the CPU; everything else in them counts.
 """
 
 import json
-import shutil
-import signal
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.checkpoints.loading import load_checkpoint
-from training import PVM, ROOT, losses, run, start, weights
+from training import PVM, ROOT, arguments, losses, run, weights
 
 
 # One conversation at a time, so that in some steps one of the two ranks has no image at all.
@@ -28,39 +27,77 @@ METHODS = {
     "lora": ("--method", "lora"),
     "pvm+lora": (*PVM, "--method", "pvm+lora"),
 }
+LEARNED = [("ddp", "pvm"), ("ddp", "pvm+lora"), *(("fsdp2", method) for method in METHODS)]
+FINISHED = [("ddp", "pvm+lora"), ("fsdp2", "pvm-bf16"), ("fsdp2", "pvm+lora")]
+LAST = ("--resume_from_checkpoint", "last")
 
 
-def launch(config: str, *args):
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def config(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(config, base, conversations, tmp_path_factory) -> Path:
+    """All runs of one accelerate config, each in a subfolder; what rank N printed is in `<run>.log.N`."""
+    folder = tmp_path_factory.mktemp(config)
+    cases = []
+
+    def add(name: str, *flags: str, data: Path = conversations, output: str | None = None, **case) -> None:
+        case["arguments"] = arguments(base, data, folder / (output or name), *FLAGS, *flags)
+        cases.append({**case, "log": str(folder / f"{name}.log")})
+
+    for method in (method for launcher, method in LEARNED if launcher == config):
+        add(method, *METHODS[method])
+    for method in (method for launcher, method in FINISHED if launcher == config):
+        name = f"finished-{method}"
+        copy = [str(folder / run / "checkpoint-6") for run in (method, name)]
+        add(name, *METHODS[method], *LAST, copy=copy)
+    add("interrupted", *PVM, "--save_steps", "100", terminated=1)
+    add("resumed", *PVM, "--save_steps", "100", *LAST, output="interrupted")
+    if config == "ddp":
+        write_two_files(folder / "data", conversations)
+        for workers in ("0", "2"):
+            flags = ("--streaming", "true", "--dataloader_num_workers", workers, "--max_steps", "8")
+            add(f"stream-{workers}", *PVM, *flags, data=folder / "data")
+        add("refused", *PVM, "--streaming", "true", "--dataloader_num_workers", "7")
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launch(config, folder / "cases.json")
+    return folder
+
+
+def write_two_files(folder: Path, conversations: Path) -> None:
+    """A data set of two files, one of them without a row."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
+    folder.mkdir()
+    (folder / "0-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "1-train.jsonl").write_text("\n")
+
+
+def launch(config: str, cases: Path) -> None:
     """`accelerate launch --config_file recipes/accelerate/<config>.yaml` with two processes on the CPU."""
     file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    environment = {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
-    script = ROOT / "train.py"
-    if arguments.use_fsdp:
-        environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-        script = ROOT / "tests" / "fsdp_on_cpu.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    return start(torchrun, *args, environment=environment)
-
-
-def finish(process) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
+    parsed, _, _ = _validate_launch_command(parsed)
+    environment = {**os.environ, **prepare_multi_gpu_env(parsed), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_TORCH_DEVICE": "cpu"} if parsed.use_fsdp else {"ACCELERATE_USE_CPU": "true"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, str(ROOT / "tests" / "distributed_cases.py"), str(cases)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
 def alone(base, conversations, tmp_path_factory):
     """The same micro-batches in one process, by gradient accumulation."""
     folder = tmp_path_factory.mktemp("alone")
-    done: dict[str, Path] = {}
 
     def runs(method: str) -> Path:
-        if method not in done:
-            flags = (*FLAGS, *METHODS[method], "--gradient_accumulation_steps", "2")
-            done[method] = run(base, conversations, folder / method, *flags)
-        return done[method]
+        if not (folder / method).exists():
+            flags = (*FLAGS, *METHODS[method], "--gradient_accumulation_steps", "2", "--save_strategy", "no")
+            run(base, conversations, folder / method, *flags)
+        return folder / method
 
     return runs
 
@@ -72,80 +109,49 @@ def assert_same_weights(actual: Path, expected: Path, atol: float):
         torch.testing.assert_close(ours[key], weight, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize(
-    ("config", "method"), [("ddp", "pvm"), ("ddp", "pvm+lora"), *(("fsdp2", method) for method in METHODS)]
-)
-def test_two_processes_learn_what_one_does(base, conversations, alone, tmp_path, config, method):
-    output = finish(launch(config, base, conversations, tmp_path / "run", *FLAGS, *METHODS[method]))
-    expected = alone(method)
-    assert "Everything frozen is as it was" in output
-    assert losses(tmp_path / "run") == pytest.approx(losses(expected), abs=2e-3 if "bf16" in method else 1e-4)
-    # AdamW divides by the size of the gradient, so float noise in a tiny one moves a weight by up to the rate.
-    assert_same_weights(tmp_path / "run", expected, atol=2e-2 if "bf16" in method else 2e-4)
-    sharded = list((tmp_path / "run" / "checkpoint-3").glob("pytorch_model_fsdp*"))
-    assert bool(sharded) == (config == "fsdp2"), "FSDP was not on, or was on"
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):  # in one process, without sharding
-        assert load_checkpoint(str(folder)).description.step in (3, 6)
+def test_two_processes_learn_what_one_does(config, folder, alone):
+    for method in (method for launcher, method in LEARNED if launcher == config):
+        expected = alone(method)
+        assert "The frozen weights did not change" in (folder / f"{method}.log.0").read_text()
+        assert losses(folder / method) == pytest.approx(losses(expected), abs=2e-3 if "bf16" in method else 1e-4)
+        # AdamW divides by the size of the gradient, so float noise in a tiny one moves a weight by up to the rate.
+        assert_same_weights(folder / method, expected, atol=2e-2 if "bf16" in method else 2e-4)
+        sharded = list((folder / method / "checkpoint-3").glob("pytorch_model_fsdp*"))
+        assert bool(sharded) == (config == "fsdp2"), "FSDP was not on, or was on"
+        for checkpoint in (folder / method, folder / method / "checkpoint-3"):  # in one process, without sharding
+            assert load_checkpoint(str(checkpoint)).description.step in (3, 6)
 
 
-def interrupt(process) -> str:
-    """SIGTERM to one of the two ranks after the first step; what was printed."""
-    output = ""
-    while "'loss'" not in output:
-        line = process.stdout.readline()
-        assert line, output
-        output += line
-    ranks = [child for child in psutil.Process(process.pid).children() if "torch" not in child.name()]
-    ranks[1].send_signal(signal.SIGTERM)
-    return output + process.communicate(timeout=120)[0]
+def test_an_interrupted_run_of_two_processes_is_resumed_exactly(folder):
+    """SIGTERM reached one rank alone, and both saved and stopped after the same step."""
+    for rank in (0, 1):
+        assert "stopped by SIGTERM after step 3" in (folder / f"interrupted.log.{rank}").read_text()
+    names = {path.name for path in (folder / "interrupted").glob("checkpoint-*")}
+    assert names == {"checkpoint-3", "checkpoint-6"}  # the second one is the end of the resumed run
+    assert losses(folder / "interrupted") == losses(folder / "pvm")
+    assert_same_weights(folder / "interrupted", folder / "pvm", atol=0)
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_an_interrupted_run_of_two_processes_goes_on(base, conversations, tmp_path, config):
-    """Both ranks save and stop after the same step."""
-    flags = (*FLAGS, *METHODS["pvm"], "--save_steps", "100")
-    finish(launch(config, base, conversations, tmp_path / "whole", *flags))
-    output = interrupt(launch(config, base, conversations, tmp_path / "run", *flags))
-    assert "stopped by SIGTERM after step" in output
-    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert 1 <= int(checkpoint.name.rpartition("-")[2]) < 6
-    finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)
-
-
-@pytest.mark.parametrize(("config", "method"), [("ddp", "pvm+lora"), ("fsdp2", "pvm-bf16"), ("fsdp2", "pvm+lora")])
-def test_a_finished_run_of_two_processes_is_only_saved(base, conversations, tmp_path, config, method):
+def test_a_finished_run_of_two_processes_is_only_saved(config, folder):
     """As when the final save was killed: what it would have written is written, and no step is made."""
-    flags = (*FLAGS, *METHODS[method], "--max_steps", "2", "--save_steps", "2")
-    finish(launch(config, base, conversations, tmp_path / "run", *flags))
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    for lost in (ADAPTER_WEIGHTS_NAME, "config.json", "trainer_state.json"):
-        (tmp_path / "run" / lost).unlink()
-    output = finish(launch(config, base, conversations, tmp_path / "run", *flags, "--resume_from_checkpoint", "last"))
-    assert "Everything frozen is as it was" in output
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert_same_weights(tmp_path / "run", tmp_path / "whole", atol=0)
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    for method in (method for launcher, method in FINISHED if launcher == config):
+        finished = folder / f"finished-{method}"
+        assert "The frozen weights did not change" in (folder / f"finished-{method}.log.0").read_text()
+        assert losses(finished) == losses(folder / method)
+        assert_same_weights(finished, folder / method, atol=0)
+        assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_two_processes_on_one_stream(base, conversations, tmp_path):
+@pytest.mark.parametrize("config", ["ddp"], indirect=True)
+def test_two_processes_on_one_stream(folder):
     """Two files, one of them without a row: neither a rank nor one of its workers runs out."""
-    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
-    rows = [{**row, "images": [str(conversations.parent / image) for image in row["images"]]} for row in rows]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "0-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "data" / "1-train.jsonl").write_text("\n")
     for workers in ("0", "2"):
-        flags = ("--streaming", "true", "--dataloader_num_workers", workers, "--max_steps", "20")
-        process = launch("ddp", base, tmp_path / "data", tmp_path / workers, *FLAGS, *METHODS["pvm"], *flags)
-        assert "Everything frozen is as it was" in finish(process)
-        assert len(losses(tmp_path / workers)) == 20
+        assert "The frozen weights did not change" in (folder / f"stream-{workers}.log.0").read_text()
+        assert len(losses(folder / f"stream-{workers}")) == 8
 
 
-def test_two_processes_refuse_a_stream_alike(base, conversations, tmp_path):
-    flags = ("--streaming", "true", "--dataloader_num_workers", "7")
-    process = launch("ddp", base, conversations, tmp_path / "run", *FLAGS, *METHODS["pvm"], *flags)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and output.count("train.py: error:") == 2
-    assert output.count("data.jsonl has 12 rows for 14 readers") == 2
+@pytest.mark.parametrize("config", ["ddp"], indirect=True)
+def test_two_processes_refuse_a_stream_alike(folder):
+    for rank in (0, 1):
+        assert "UserError: " in (folder / f"refused.log.{rank}").read_text()
+        assert "data.jsonl has 12 rows for 14 readers" in (folder / f"refused.log.{rank}").read_text()

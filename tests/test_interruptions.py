@@ -1,8 +1,11 @@
-"""Runs that are stopped from outside go on as if nothing had happened, and leave nothing half-written behind."""
+"""Runs that are stopped from outside are resumed as if nothing had happened, and leave no incomplete files behind."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ from safetensors.torch import load_file
 
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.errors import UserError
-from pvm.training.trainer import STAGING, PVMTrainer
-from training import PVM, ROOT, losses, run, start, weights
+from pvm.training import trainer
+from pvm.training.saving import STAGING
+from training import PVM, ROOT, losses, run, weights
 
 
 FLAGS = (*PVM, "--save_steps", "1", "--max_steps", "8")
@@ -24,10 +28,34 @@ def whole(base, conversations, tmp_path_factory) -> Path:
     return run(base, conversations, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
 
 
-def wait_for(condition, process, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+@pytest.fixture(scope="module")
+def start(base, conversations, tmp_path_factory):
+    """Start train.py as a process of its own, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # Python 3.11 does not hand on sys.path
+        forkserver.ensure_running()
+
+    def start(output_dir: Path, *flags: str) -> tuple[multiprocessing.Process, Path]:
+        """The process, and the file for its output."""
+        log = tmp_path_factory.mktemp("log") / "output"
+        process = context.Process(target=run_into, args=(log, base, conversations, output_dir, *flags))
+        process.start()
+        return process, log
+
+    return start
+
+
+def run_into(log: Path, *args) -> None:
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    run(*args)
+
+
+def wait_for(condition, process: multiprocessing.Process, log: Path) -> None:
+    deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -45,38 +73,33 @@ def assert_only_whole_checkpoints(output_dir: Path):
         load_file(checkpoint / ADAPTER_WEIGHTS_NAME)
 
 
-def test_killed_during_a_save(base, conversations, whole, tmp_path):
+def test_killed_during_a_save(base, conversations, whole, start, tmp_path):
     """Kill -9 while a checkpoint is being written, three times over."""
     output_dir = tmp_path / "run"
+    staged = output_dir / STAGING
     for step in (2, 4, 6):
-        resume = LAST if output_dir.exists() else ()
-        process = start([str(ROOT / "train.py")], base, conversations, output_dir, *FLAGS, *resume)
-        wait_for((output_dir / f"checkpoint-{step}").exists, process)
-        staged = output_dir / STAGING
-        wait_for(lambda staged=staged: any(staged.glob(f"checkpoint-*/{ADAPTER_WEIGHTS_NAME}")), process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process, log = start(output_dir, *FLAGS, *(LAST if output_dir.exists() else ()))
+        wait_for((output_dir / f"checkpoint-{step}").exists, process, log)
+        wait_for(lambda: any(staged.glob(f"checkpoint-*/{ADAPTER_WEIGHTS_NAME}")), process, log)
+        process.kill()
+        process.join()
         assert list(staged.iterdir()), "the save was over before the signal came: no test"
         assert_only_whole_checkpoints(output_dir)
         assert not (output_dir / "config.json").exists()
     run(base, conversations, output_dir, *FLAGS, *LAST)
     assert_same_run(output_dir, whole)
-    assert not (output_dir / STAGING).exists()
+    assert not staged.exists()
 
 
-def test_terminated(base, conversations, whole, tmp_path):
-    """SIGTERM saves the step that was being made, and says how to go on."""
+def test_terminated(base, conversations, whole, start, tmp_path):
+    """SIGTERM saves the step that was being made, and says how to resume."""
     output_dir = tmp_path / "run"
-    process = start([str(ROOT / "train.py")], base, conversations, output_dir, *FLAGS, "--save_steps", "100")
-    output = ""
-    while "'loss'" not in output:  # the first step is over
-        line = process.stdout.readline()
-        assert line, output
-        output += line
+    process, log = start(output_dir, *FLAGS, "--save_steps", "100")
+    wait_for(lambda: log.exists() and "'loss'" in log.read_text(), process, log)  # the first step is over
     os.kill(process.pid, signal.SIGTERM)
-    output += process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "stopped by SIGTERM after step" in output and "--resume_from_checkpoint last" in output
+    process.join(120)
+    assert process.exitcode == 1
+    assert "stopped by SIGTERM after step" in log.read_text() and "--resume_from_checkpoint last" in log.read_text()
     assert_only_whole_checkpoints(output_dir)
     assert not (output_dir / ADAPTER_WEIGHTS_NAME).exists(), "it is not finished"
     run(base, conversations, output_dir, *FLAGS, *LAST)
@@ -89,17 +112,17 @@ def test_killed_before_the_first_checkpoint_is_a_new_run(base, conversations, wh
     assert_same_run(run(base, conversations, tmp_path / "run", *FLAGS), whole)
 
 
-def test_a_full_disk(base, conversations, whole, tmp_path, monkeypatch, capsys):
-    """The save fails, with a sentence; what was saved before is whole, and the run goes on when there is room."""
-    save = PVMTrainer._save_optimizer_and_scheduler
+def test_a_full_disk(base, conversations, whole, tmp_path, monkeypatch):
+    """The save fails, with a sentence; what was saved before is complete, and the run resumes when there is space."""
+    save = trainer.save_float32_branches
 
-    def full(self, output_dir):
-        if self.state.global_step == 3:
+    def full(folder, model):
+        if folder.name == "checkpoint-3":
             raise OSError(28, "No space left on device")
-        save(self, output_dir)
+        save(folder, model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PVMTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(trainer, "save_float32_branches", full)
         with pytest.raises((OSError, UserError), match="No space left on device"):
             run(base, conversations, tmp_path / "run", *FLAGS)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

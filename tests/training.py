@@ -1,9 +1,6 @@
-"""Runs of train.py on twelve conversations and an untrained digits backbone, in this process or as a command."""
+"""Runs of train.py on twelve conversations and an untrained digits backbone, in this process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -29,19 +26,6 @@ def run(base: Path, conversations: Path, output_dir: Path, *flags: str) -> Path:
     """One short run of train.py in this process."""
     train.main(arguments(base, conversations, output_dir, *flags))
     return output_dir
-
-
-def start(command: list[str], *args, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """The same as a process of its own, e.g. under torchrun."""
-    environment = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command, *arguments(*args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,4 +1,4 @@
-"""What happens around training steps: stopping when the machine asks for it, and what the branches' gradients are."""
+"""Trainer callbacks: stopping on SIGTERM, and the gradient norm of each branch."""
 
 import signal
 
@@ -11,8 +11,8 @@ from modeling_qwen3vl_pvm import pvm_blocks
 
 class StopOnSigterm(TrainerCallback):
     """
-    On SIGTERM (a scheduler's warning, a preempted machine) saves a checkpoint after the current step and stops. A
-    context: inside of it the signal ends nothing, so that what is being saved is saved.
+    On SIGTERM (from a scheduler, or when a machine is preempted), saves a checkpoint after the current step and stops.
+    A context manager: inside it, SIGTERM does not end the process, so that a save is never cut off.
 
     stopped (`bool`): whether training was stopped.
     """
@@ -30,7 +30,7 @@ class StopOnSigterm(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         received = self._received
         if args.world_size > 1:
-            # Ranks get the signal in different steps, and must save the same one.
+            # The signal reaches the ranks in different steps, but all must save the same one.
             flag = torch.tensor(int(received), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             received = bool(flag)
@@ -41,22 +41,8 @@ class StopOnSigterm(TrainerCallback):
         self._received = True
 
 
-class AllLoaded(Exception):
-    """See [`StopBeforeTraining`]."""
-
-
-class StopBeforeTraining(TrainerCallback):
-    """
-    Leaves `Trainer.train`, by an `AllLoaded`, when the model has been wrapped for its devices and the checkpoint
-    loaded. From a checkpoint of the last step `Trainer` would make one more.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        raise AllLoaded
-
-
 class BranchGradients(TrainerCallback):
-    """norms (`dict[int, torch.Tensor]`): norm of each branch's clipped gradient in the last step, by layer."""
+    """norms (`dict[int, torch.Tensor]`): of each branch's clipped gradient in the last step, by decoder layer."""
 
     def __init__(self):
         self.norms: dict[int, torch.Tensor] = {}
@@ -64,10 +50,10 @@ class BranchGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for layer_idx, block in pvm_blocks(model).items():
             gradients = [p.grad for p in block.parameters() if p.grad is not None]
-            if gradients:  # DeepSpeed keeps them elsewhere
-                self.norms[layer_idx] = whole(torch.nn.utils.get_total_norm(gradients))
+            if gradients:  # DeepSpeed does not keep them in `grad`
+                self.norms[layer_idx] = unsharded(torch.nn.utils.get_total_norm(gradients))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor of which this rank holds a part; to be called on all ranks."""
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of which this rank may hold only a shard. Must be called on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,11 +1,11 @@
-"""Going on with a run: from which checkpoint, and only as the same run."""
+"""Resuming a run: from which checkpoint, and only with the same settings."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -13,20 +13,24 @@ from pvm.data.sources import DataArguments
 from pvm.data.validation import REPORTS
 from pvm.errors import UserError
 from pvm.training.methods import ModelArguments, base_model
-from pvm.training.trainer import SETTINGS, STAGING, PVMTrainingArguments
+from pvm.training.saving import SETTINGS, STAGING
 
 
-def find_checkpoint(arguments: PVMTrainingArguments, settings: dict[str, Any]) -> str | None:
+def find_checkpoint(arguments: TrainingArguments, settings: dict[str, Any]) -> str | None:
     """
-    The checkpoint to go on from, `None` for a new run.
+    The checkpoint to resume from; `None` for a new run.
+
+    Args:
+        settings (`dict[str, Any]`): of this run, see [`run_settings`].
 
     Raises:
-        UserError: if there is none although one is asked for, or if a new run would overwrite an old one.
+        UserError: if the checkpoint that is asked for does not exist or belongs to another run, or if a new run would
+            overwrite an old one.
     """
     output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
     last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if resume == "last" and last is None:
-        raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint. Leave the flag out.")
+        raise UserError(f"--resume_from_checkpoint last: {output_dir} has no checkpoint. Leave the flag out.")
     resume = last if resume == "last" else resume
     if resume is not None:
         _check_resume(Path(resume), arguments, settings)
@@ -39,44 +43,44 @@ def find_checkpoint(arguments: PVMTrainingArguments, settings: dict[str, Any]) -
         file.name not in leftovers and not file.match("skipped_rows-*.jsonl") for file in output_dir.iterdir()
     ):
         raise UserError(
-            f"{output_dir} is not empty, and a new run would overwrite what is in it. Choose another --output_dir, "
-            + ("or go on with --resume_from_checkpoint last." if last else "or delete it.")
+            f"{output_dir} is not empty, and a new run would overwrite its files. Choose another --output_dir, "
+            + ("or resume with --resume_from_checkpoint last." if last else "or delete it.")
         )
     return resume
 
 
-def _check_resume(checkpoint: Path, arguments: PVMTrainingArguments, settings: dict[str, Any]) -> None:
-    """Refuse to go on from what is no checkpoint of this run."""
+def _check_resume(checkpoint: Path, arguments: TrainingArguments, settings: dict[str, Any]) -> None:
+    """Refuse to resume from anything but a complete checkpoint of this run."""
     flag = f"--resume_from_checkpoint {checkpoint}"
     if not checkpoint.is_dir():
-        raise UserError(f"{flag}: no such folder. Name one, or write `last`.")
+        raise UserError(f"{flag}: no such folder. Name a checkpoint, or write `last`.")
     missing = [name for name in (TRAINER_STATE_NAME, "scheduler.pt", SETTINGS) if not (checkpoint / name).is_file()]
     if missing:
         raise UserError(
-            f"{flag}: it has no {missing[0]}, so a run cannot go on from it exactly. Name a folder checkpoint-* of a "
-            "run without --save_only_model; or start a new run with the model as --model_name_or_path."
+            f"{flag}: it has no {missing[0]}, so a run cannot be resumed from it. Name a checkpoint-* folder of a run "
+            "without --save_only_model, or start a new run from this model with --model_name_or_path."
         )
     try:
         before = dict(json.loads((checkpoint / SETTINGS).read_text()))
         step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{flag}: its {SETTINGS} or {TRAINER_STATE_NAME} is broken ({error}). Take an earlier checkpoint."
+            f"{flag}: its {SETTINGS} or {TRAINER_STATE_NAME} is broken ({error}). Resume from an earlier checkpoint."
         ) from error
     for key, value in settings.items():
         if before.get(key) != value:
             raise UserError(
-                f"{flag}: that run had --{key} {before.get(key)}, and this line has {value}. Give what it had, or "
-                "start a new run with another --output_dir."
+                f"{flag}: that run had --{key} {before.get(key)}, and this one has {value}. Use the same value, or "
+                "start a new run in another --output_dir."
             )
     if 0 < arguments.max_steps < step:
         raise UserError(f"{flag} is at step {step}, beyond --max_steps {arguments.max_steps}.")
 
 
 def run_settings(
-    model_args: ModelArguments, data_args: DataArguments, training_args: PVMTrainingArguments
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run, as JSON has it."""
+    """The settings that a resumed run must share with the original one, as JSON values: run.json."""
     settings = {**asdict(model_args), "model_name_or_path": str(Path(model_args.model_name_or_path))}
     settings["base_model"], settings["base_revision"] = base_model(model_args)
     for key in ("dataset_name", "dataset_config", "dataset_split", "dataset_weights", "max_samples", "train_on"):
@@ -86,13 +90,7 @@ def run_settings(
         settings[key] = training_args.to_dict()[key]
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim"):
         settings[key] = training_args.to_dict()[key]
-    if data_args.streaming:  # whose order they are part of
+    if data_args.streaming:  # the order of a stream depends on these
         settings["shuffle_buffer_size"] = data_args.shuffle_buffer_size
         settings["dataloader_num_workers"] = training_args.dataloader_num_workers
     return {**settings, "num_processes": training_args.world_size}
-
-
-def is_over(checkpoint: str, arguments: PVMTrainingArguments) -> bool:
-    """Whether the run has made all its steps already; the Trainer would make one more."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    return state.global_step >= (arguments.max_steps if arguments.max_steps > 0 else state.max_steps)
