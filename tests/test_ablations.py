@@ -1,4 +1,4 @@
-"""What is taken from a model while it answers is what is said, and nothing else."""
+"""Ablations remove what they say, and nothing else."""
 
 import json
 import shutil
@@ -13,7 +13,15 @@ from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.encoding import read_image
 from pvm.data.sources import load_conversations
 from pvm.errors import UserError
-from pvm.evaluation.ablations import KNOCK_OUTS, ChangedImages, KnockOut, generate_split, knock_outs
+from pvm.evaluation.ablations import (
+    ABLATIONS,
+    INTACT,
+    Ablation,
+    ChangedImages,
+    ablations_of,
+    check_ablations,
+    generate_in_two_parts,
+)
 from pvm.evaluation.answering import answer
 from pvm.evaluation.questions import Prompts
 from training import PVM, run
@@ -37,55 +45,68 @@ DISTANCE = 6  # the end of the image and five words
 
 @torch.no_grad()
 def split(model, own, other, kind: str, layer: int | None = None) -> torch.Tensor:
-    return generate_split(model, own, other, DISTANCE, KnockOut(kind, layer), 12, ENDS)
+    return generate_in_two_parts(model, own, other, DISTANCE, Ablation(kind, layer), 12, ENDS)
 
 
-def test_nothing_taken_is_generate(model):
+def test_without_an_ablation_two_parts_are_generate(model):
     own = batch(0)
     plain = model.generate(**own, max_new_tokens=12, do_sample=False, eos_token_id=7, pad_token_id=7)
     plain = plain[:, own["input_ids"].shape[1] :]
-    assert torch.equal(split(model, own, batch(5), "nothing"), plain)
+    assert torch.equal(split(model, own, batch(5), "none"), plain)
 
 
-def test_another_memory_is_read_by_the_branches_alone(model):
+def test_only_branches_attend_to_another_memory(model):
     own, other = batch(0), batch(5)
-    intact = split(model, own, other, "nothing")
-    assert torch.equal(split(model, own, own, "another_memory"), intact), "its own memory is no other"
+    intact = split(model, own, other, "none")
+    assert torch.equal(split(model, own, own, "another_memory"), intact), "a row's own memory changes nothing"
     assert not torch.equal(split(model, own, other, "another_memory"), intact)
     tiny.set_gates(model, 0.0)
-    assert torch.equal(split(model, own, other, "another_memory"), split(model, own, other, "nothing"))
+    assert torch.equal(split(model, own, other, "another_memory"), split(model, own, other, "none"))
 
 
-def test_what_is_hidden_is_not_seen(model):
-    """Blind, no answer depends on the image. Hidden, it does, through the branches and through nothing else."""
+def test_a_hidden_image(model):
+    """With `blind`, answers do not depend on the image; with `hidden_image` they do, through the branches alone."""
     own, other = batch(0), batch(5)
     assert torch.equal(split(model, own, other, "blind"), split(model, other, own, "blind"))
     assert not torch.equal(split(model, own, other, "hidden_image"), split(model, other, own, "hidden_image"))
-    assert not torch.equal(split(model, own, other, "hidden_image"), split(model, own, other, "nothing"))
+    assert not torch.equal(split(model, own, other, "hidden_image"), split(model, own, other, "none"))
     tiny.set_gates(model, 0.0)
     assert torch.equal(split(model, own, other, "hidden_image"), split(model, own, other, "blind"))
 
 
-def test_an_ended_answer_goes_on_with_its_end(model):
+def test_an_answer_that_ends_early_is_filled_up(model):
     own = batch(0)
-    answers = split(model, own, own, "nothing")
+    answers = split(model, own, own, "none")
     (first,) = answers[:1, 2].tolist()
-    ended = generate_split(model, own, own, DISTANCE, KnockOut(), 12, torch.tensor([first]))
+    ended = generate_in_two_parts(model, own, own, DISTANCE, INTACT, 12, torch.tensor([first]))
     row = ended[0].tolist()
     assert set(row[row.index(first) :]) == {first}
 
 
-def test_the_switches():
-    assert KnockOut().use_pvm is True and KnockOut("branch_off").use_pvm is False
-    assert KnockOut("branch_alone", 3).use_pvm == [3] and KnockOut("branch_alone", 3).name == " - branch alone layer 3"
-    chosen = knock_outs(["branch_alone", "blank_image"], [1, 2], reads_images=True)
-    assert [(k.kind, k.layer) for k in chosen] == [
-        ("nothing", None), ("branch_alone", 1), ("branch_alone", 2), ("blank_image", None)]  # fmt: skip
-    # What a checkpoint has not cannot be taken from it: no branches, or branches without a memory.
-    assert [k.kind for k in knock_outs([*KNOCK_OUTS], [], reads_images=False)] == [
-        "nothing", "blank_image", "another_image", "blind"]  # fmt: skip
-    assert [k.kind for k in knock_outs([*KNOCK_OUTS], [1], reads_images=False)] == [
-        "nothing", "branch_off", "branch_alone", "blank_image", "another_image", "blind"]  # fmt: skip
+def test_which_ablations_apply(base, tmp_path):
+    """Those of branches need branches, those of memory branches that read the image."""
+    folders = {"stock": str(base)}
+    for block in ("pvm", "parallel_mlp"):
+        config = tiny.pvm_config(pvm_block=block)
+        config.save_pretrained(tmp_path / block)
+        folders[block] = str(tmp_path / block)
+    of_images = ["blank_image", "another_image", "blind"]
+    kinds = {name: {ablation.kind for ablation in ablations_of(path, [*ABLATIONS])} for name, path in folders.items()}
+    assert kinds["stock"] == {"none", *of_images}
+    assert kinds["parallel_mlp"] == {"none", "branch_off", "branch_alone", *of_images}
+    assert kinds["pvm"] == {"none", *ABLATIONS}
+
+    alone = ablations_of(folders["pvm"], ["branch_alone", "blank_image"])
+    assert [(a.kind, a.layer, a.suffix) for a in alone] == [
+        ("none", None, ""), ("branch_alone", 1, " - branch alone layer 1"), ("branch_alone", 2,
+        " - branch alone layer 2"), ("blank_image", None, " - blank image")]  # fmt: skip
+    assert [a.use_pvm for a in (INTACT, Ablation("branch_off"), alone[1])] == [True, False, [1]]
+
+    check_ablations(["branch_off", "blind"], [folders["stock"], folders["parallel_mlp"]])
+    with pytest.raises(UserError, match="branch_off: none of the models has PVM branches"):
+        check_ablations(["branch_off"], [folders["stock"]])
+    with pytest.raises(UserError, match="hidden_image: none of the models has PVM branches that read the image"):
+        check_ablations(["hidden_image"], [folders["stock"], folders["parallel_mlp"]])
 
 
 def test_changed_images(conversations):
@@ -102,10 +123,10 @@ def test_changed_images(conversations):
             assert other.others[index] != index and shown != read_image(images[0]).tobytes()
 
 
-def test_rows_about_the_same_image_are_not_shown_it_again(tmp_path):
+def test_another_image_is_never_the_same_one(tmp_path):
     for k, name in enumerate("abc"):
         Image.new("RGB", (32, 32), (60 * k, 0, 0)).save(tmp_path / f"{name}.png")
-    shutil.copy(tmp_path / "a.png", tmp_path / "d.png")  # the same picture under another name
+    shutil.copy(tmp_path / "a.png", tmp_path / "d.png")  # the same image under another name
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
     rows = [{"images": [f"{name}.png"], "messages": turns} for name in "aaabbcd"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -113,35 +134,35 @@ def test_rows_about_the_same_image_are_not_shown_it_again(tmp_path):
         3, 3, 3, 5, 5, 6, 3]  # fmt: skip
 
 
-def test_an_image_that_no_other_row_could_replace(tmp_path):
+def test_images_that_no_other_row_can_replace(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
     rows = [{"images": ["a.png"], "messages": turns}, {"images": [], "messages": turns}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = load_conversations(str(tmp_path / "rows.jsonl"), "train")
     assert len(ChangedImages(rows, blank=True)) == 2
-    with pytest.raises(UserError, match="row 0: no other row has 1 images, all of them others"):
+    with pytest.raises(UserError, match="row 0: no other row has 1 images that are all different"):
         ChangedImages(rows, blank=False)
 
 
-def test_a_report_with_every_knock_out(base, conversations, tmp_path):
+def test_a_report_with_all_ablations(base, conversations, tmp_path):
     checkpoint = run(base, conversations, tmp_path / "run", *PVM, "--gate_learning_rate", "1")
     eval_script.main(
         ["--model", str(checkpoint), "--names", "PVM", "--dataset_name", str(conversations), "--dataset_split",
-         "train", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out"), "--knock_outs", *KNOCK_OUTS]
+         "train", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out"), "--ablations", *ABLATIONS]
     )  # fmt: skip
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     names = [model["name"] for model in report["models"]]
-    assert names[0] == "PVM" and len(names) == 1 + len(KNOCK_OUTS) + 2 and "PVM - branch alone layer 2" in names
-    assert report["models"][1]["knock_out"] == "branch_off"
+    assert names[0] == "PVM" and len(names) == 1 + len(ABLATIONS) + 2 and "PVM - branch alone layer 2" in names
+    assert report["models"][1]["ablation"] == "branch_off"
     assert {(entry["of"], entry["minus"]) for entry in report["comparisons"]["all"]} == {
         (name, "PVM") for name in names[1:]
     }
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.startswith("# PVM on ") and "**another memory**: self-attention sees the row's own images" in text
+    assert text.startswith("# PVM on ") and "**another memory**: branches attend to the images of another row" in text
     for name in names:
         assert (tmp_path / "out" / "predictions" / f"{name}.jsonl").exists() and name in text
-    # Off, the branches say what the base says.
+    # With its branches off, the model answers like the base.
     loaded = load_checkpoint(str(base))
     rows = load_conversations(str(conversations), "train")
     texts = [

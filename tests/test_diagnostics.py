@@ -1,4 +1,4 @@
-"""What is seen inside a model is what is there, worked out in another way."""
+"""Diagnostics, compared with the same values computed in another way."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.sources import load_conversations
-from pvm.evaluation.diagnostics import CHUNK, choose_rows, chosen_tokens, fit_decay, probe, summarise
+from pvm.evaluation.diagnostics import CHUNK, choose_rows, choose_tokens, diagnose, fit_decay, summarise
 from pvm.evaluation.questions import Prompts, Question
 from pvm.evaluation.tables import attention_table
 from training import PVM, run
@@ -36,12 +36,12 @@ def index(prompts) -> int:
 
 
 @pytest.mark.parametrize("name", ["base", "PVM"])
-def test_a_probe_agrees_with_one_pass_over_everything(checkpoints, prompts, index, name):
+def test_diagnostics_agree_with_one_forward_pass(checkpoints, prompts, index, name):
     """In chunks over a cache, or all at once without one: the same attention, logit lens and sizes."""
     checkpoint = checkpoints[name]
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
-    result = probe(checkpoint, prompts, index, TEXT, [7, 16, 25, 34, 43])
-    assert model.config._attn_implementation == "sdpa", "put back"
+    result = diagnose(checkpoint, prompts, index, TEXT, [7, 16, 25, 34, 43])
+    assert model.config._attn_implementation == "sdpa", "restored"
 
     written = tokenizer(TEXT)["input_ids"]
     assert len(written) > CHUNK, "several chunks"
@@ -83,7 +83,7 @@ def test_a_probe_agrees_with_one_pass_over_everything(checkpoints, prompts, inde
     gates = {str(layer): abs(block.gate_alpha.item()) for layer, block in pvm_blocks(model).items()}
     assert result["injected"].keys() == gates.keys() and bool(gates) == (name == "PVM")
     for layer, size in result["injected"].items():
-        assert size == pytest.approx(gates[layer], rel=0.05), "what is added has the gate as its size"
+        assert size == pytest.approx(gates[layer], rel=0.05), "the size is the gate's"
     assert [heat["token"] for heat in result["heat_maps"]] == [7, 16, 25, 34]
     for heat in result["heat_maps"]:
         seen = torch.stack([layer[0, :, start + heat["token"], visual].mean(0) for layer in whole.attentions]).mean(0)
@@ -93,8 +93,8 @@ def test_a_probe_agrees_with_one_pass_over_everything(checkpoints, prompts, inde
             assert sum(weights) == pytest.approx(1, abs=1e-3) and len(weights) == math.prod(result["grid"])
 
 
-def test_an_empty_text_is_looked_at_where_it_would_begin(checkpoints, prompts, index):
-    result = probe(checkpoints["PVM"], prompts, index, "", [0])
+def test_an_empty_text(checkpoints, prompts, index):
+    result = diagnose(checkpoints["PVM"], prompts, index, "", [0])
     assert len(result["attention"]) == 1 and result["heat_maps"][0]["text"] == ""
 
 
@@ -110,10 +110,10 @@ def test_rows_are_spread_over_each_group_and_have_images():
     assert choose_rows(questions, 0) == [] and len(choose_rows(questions, 100)) == 16
 
 
-def test_chosen_tokens():
-    assert chosen_tokens([0, 5, 9, 12, 40], 10) == [0, 5, 9]
-    assert chosen_tokens(range(100), 100) == [0, 25, 50, 75]
-    assert chosen_tokens([], 3) == [0]
+def test_tokens_with_heat_maps():
+    assert choose_tokens([0, 5, 9, 12, 40], 10) == [0, 5, 9]
+    assert choose_tokens(range(100), 100) == [0, 25, 50, 75]
+    assert choose_tokens([], 3) == [0]
 
 
 @pytest.mark.parametrize(("exponent", "half"), [(1.0, 1.0), (0.6, 0.3)])
@@ -128,13 +128,15 @@ def test_the_decay_that_is_there_is_found(exponent, half):
     assert fit["exponent"] == pytest.approx(exponent, abs=0.03) and fit["half"] == pytest.approx(half, rel=0.1)
     low, high = fit["exponent_interval"]
     assert low < exponent < high and high - low < 0.1
+    rows = [[(x, 1 / (1 + (x / (1 + 0.1 * k)) ** 0.8)) for x in (0.5, 1, 2, 4)] for k in range(6)]
+    assert fit_decay(rows)["half_interval"] == pytest.approx([1.0969613104865237, 1.3790939861559448]), "seeded"
     assert fit_decay([[(2.0, 0.3)], [(2.0, 0.4)]]) is None, "x does not vary"
     assert fit_decay([]) is None
 
 
 def test_a_summary(checkpoints, prompts, index):
     results = {
-        name: [{"group": "read", **probe(checkpoint, prompts, index, TEXT, [0])}]
+        name: [{"group": "read", **diagnose(checkpoint, prompts, index, TEXT, [0])}]
         for name, checkpoint in checkpoints.items()
     }
     summary = summarise(results)
@@ -152,7 +154,7 @@ def test_a_summary(checkpoints, prompts, index):
 
 
 def test_groups_decay_apart():
-    """Two groups that fall alike, one from less: a curve through both together would be of neither."""
+    """Two groups with different curves: one fit through both would describe neither."""
 
     def row(group: str, half: float, ratios: list[float]) -> dict:
         return {
@@ -167,6 +169,5 @@ def test_groups_decay_apart():
         decay = seen[group]["decay"]
         assert decay["exponent"] == pytest.approx(1) and decay["half"] == pytest.approx(half)
     assert seen["far"]["decay"]["observed"] == [8, 64]
-    probes = {"base": {"attention": seen}}
-    halves = [line[3] for line in attention_table({"probes": probes}).rows]
+    halves = [line[3] for line in attention_table({"diagnostics": {"base": {"attention": seen}}}).rows]
     assert halves[0].startswith("1.00 [") and halves[1] == "below 8"

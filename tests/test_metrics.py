@@ -1,9 +1,10 @@
-"""The metrics, against numbers worked out by hand."""
+"""Metrics, intervals and matching, compared with results computed by hand."""
 
 import numpy as np
 import pytest
 
 from pvm.errors import UserError
+from pvm.evaluation.bootstrap import mean_interval, paired_difference
 from pvm.evaluation.matching import (
     MATCHES,
     chosen_option,
@@ -19,7 +20,6 @@ from pvm.evaluation.metrics import (
     AccuracyByLength,
     depth_bins,
     distance_bins,
-    paired_difference,
     proportion,
     quartile_bins,
     score_pieces,
@@ -40,8 +40,8 @@ def test_wilson_interval(correct, n, low, high):
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval_refuses_what_is_no_proportion(correct, n):
-    with pytest.raises(ValueError, match="no proportion"):
+def test_wilson_interval_refuses_impossible_counts(correct, n):
+    with pytest.raises(ValueError, match="not a proportion"):
         wilson_interval(correct, n)
 
 
@@ -116,15 +116,28 @@ def test_paired_difference():
     assert paired_difference([first], [first])["interval"] == [0.0, 0.0]
 
 
+def test_intervals_are_the_same_every_time():
+    """All reports use these seeds, and stored reports can be compared with new ones."""
+    rng = np.random.default_rng(0)
+    runs = (rng.random((3, 30)) < [[0.3], [0.5], [0.7]]).tolist()
+    assert proportion(runs)["interval"] == pytest.approx([0.28888888888888886, 0.7])
+    assert mean_interval(rng.random(20).round(3).tolist())["interval"] == pytest.approx([0.49148625, 0.78400625])
+    first = [[[right] for right in run] for run in runs]
+    second = [[[True] if k % 2 else [not right] for k, right in enumerate(run)] for run in runs]
+    assert paired_difference(first, second)["interval"] == pytest.approx([-0.05555555555555547, 0.5224999999999985])
+    paired = paired_difference(first, second, same_runs=True)
+    assert paired["interval"] == pytest.approx([-0.12222222222222223, 0.6002777777777764])
+
+
 def test_several_runs_widen_the_interval_by_what_they_differ():
     rng = np.random.default_rng(0)
     alike = [(rng.random(400) < 0.5).tolist()] * 4
     apart = [(rng.random(400) < share).tolist() for share in (0.2, 0.4, 0.6, 0.8)]
     result, wider = proportion(alike), proportion(apart)
     assert result["n"] == 400 and result["runs"] == 4 and result["by_run"] == [result["accuracy"]] * 4
-    # Equal runs are no more than one: its standard error is sqrt(.25 / 400) = .025.
+    # Equal runs count as one, with a standard error of sqrt(.25 / 400) = .025.
     assert np.diff(result["interval"])[0] == pytest.approx(2 * 1.96 * 0.025, rel=0.1)
-    # Of four runs with a standard deviation of .22, the mean has one of .11 beside that.
+    # The mean of four runs with a standard deviation of .22 adds one of .11.
     assert np.diff(wider["interval"])[0] == pytest.approx(2 * 1.96 * (0.112**2 + 0.02**2) ** 0.5, rel=0.15)
 
     rows = [[[right] for right in run] for run in apart]
@@ -132,7 +145,7 @@ def test_several_runs_widen_the_interval_by_what_they_differ():
     difference = paired_difference(rows, other)
     assert difference["difference"] == pytest.approx(1 - wider["accuracy"])
     assert np.diff(difference["interval"])[0] == pytest.approx(np.diff(wider["interval"])[0], rel=0.1)
-    # The same checkpoints with something taken away: runs are paired.
+    # Ablations of the same checkpoints: runs are paired.
     worse = [[[right and k >= 40] for k, (right,) in enumerate(run)] for run in rows]
     paired, free = (paired_difference(rows, worse, same_runs=same)["interval"] for same in (True, False))
     assert np.diff(paired)[0] < np.diff(free)[0] / 2
@@ -150,7 +163,7 @@ def test_quartiles():
 
 
 def test_paired_difference_resamples_rows_not_pieces():
-    """Sixteen pieces that are right or wrong together tell no more than one."""
+    """Sixteen pieces that are always right or wrong together are as good as one."""
     rows = [[False]] * 20, [[True]] * 10 + [[False]] * 10
     pieces = [[row * 16 for row in model] for model in rows]
     assert (
@@ -161,7 +174,7 @@ def test_paired_difference_resamples_rows_not_pieces():
         paired_difference([pieces[0]], [rows[1]])
 
 
-# When an answer is right
+# --- matching
 
 
 @pytest.mark.parametrize(
@@ -249,11 +262,11 @@ def test_the_same_mathematical_object(prediction, reference, right):
 
 
 def test_references_of_another_kind_are_refused():
-    with pytest.raises(UserError, match="is no option like B"):
+    with pytest.raises(UserError, match="is not an option such as B"):
         is_same_option("B", "a cat")
-    with pytest.raises(UserError, match="has no number in it"):
+    with pytest.raises(UserError, match="contains no number"):
         is_same_number("7", "seven")
-    with pytest.raises(UserError, match="is no mathematical object"):
+    with pytest.raises(UserError, match="is not a mathematical object"):
         is_same_math("yes", "yes")
 
 

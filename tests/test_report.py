@@ -1,4 +1,4 @@
-"""What a report says follows from its numbers: from records made by hand, without a model."""
+"""Sentences and tables of a report, from made-up records without a model."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from pvm.evaluation.page import html_page
 from pvm.evaluation.report import cautions, findings, markdown_report
 from pvm.evaluation.scoring import Entry, score_all
-from pvm.evaluation.tables import compared, difference_table, knock_out_table, length_table, runs_table
+from pvm.evaluation.tables import ablation_table, compared, difference_table, length_table, runs_table
 
 
 ROWS = 200
@@ -37,7 +37,7 @@ def records(share: float, seed: int, group: str = "all") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    """A base at 30 %, two runs of PVM at 70 % whose branches' image does not matter, LoRA at 90 %."""
+    """A base at 30 %, two runs of PVM at 70 % that do not depend on what their branches attend to, LoRA at 90 %."""
     runs = [records(0.7, 1), records(0.7, 2)]
     entries = [
         Entry("base", [records(0.3, 0)]),
@@ -49,7 +49,7 @@ def report() -> dict:
     models = [
         {
             "name": entry.name, "run": run, "label": f"{entry.name} {run}", "intact": entry.intact, "step": 3,
-            "knock_out": entry.name.partition(" - ")[2].replace(" ", "_") or "nothing", "path": "runs/x",
+            "ablation": entry.name.partition(" - ")[2].replace(" ", "_") or "none", "path": "runs/x",
             "kind": "pvm" if "PVM" in entry.name else "stock", "model_class": "C", "parameters": 1, "base": None,
             "gates": {}, "gates_on": None, "method": None, "answers_cut": 0, "seconds": 1.0, "dtype": "float32",
             "commit": None,
@@ -60,7 +60,7 @@ def report() -> dict:
     arguments = {"match": "exact", "scored_pattern": r"\d", "dataset_split": "test", "dataset_name": "d"}
     return {
         "arguments": arguments, "dataset": {"name": "d"}, "rows": ROWS, "versions": {"torch": "2"}, "models": models,
-        "probes": {}, **score_all(entries, r"\d"),
+        "diagnostics": {}, **score_all(entries, r"\d"),
     }  # fmt: skip
 
 
@@ -89,20 +89,20 @@ def test_bins_of_a_comparison_hold_the_same_rows_as_those_of_the_accuracy(report
 
 def test_findings_say_better_worse_or_neither_as_the_interval_does(report):
     found = findings(report)
-    (base,) = [line for line in found if line.startswith("PVM against base:")]
-    (lora,) = [line for line in found if line.startswith("PVM against LoRA:")]
-    (memory,) = [line for line in found if "reading another image" in line]
-    (blind,) = [line for line in found if "without any sight" in line]
+    (base,) = [line for line in found if line.startswith("PVM compared with base:")]
+    (lora,) = [line for line in found if line.startswith("PVM compared with LoRA:")]
+    (memory,) = [line for line in found if "attending to another image" in line]
+    (blind,) = [line for line in found if "hidden from self-attention and branches" in line]
     assert "better by" in base and "worse by" in lora and "worse by" in blind
-    assert "no difference that 200 answers could show, +0.0 [+0.0, +0.0] points" in memory
+    assert "no significant difference on 200 answers, +0.0 [+0.0, +0.0] points" in memory
     result = compared(report, "all", "PVM", "LoRA")["answers"]
     assert f"worse by {-100 * result['difference']:.1f} points" in lora
 
 
 def test_lengths_that_depend_on_the_answers_are_no_finding(report):
-    """References of one length leave only the first model's own, which tells what it got right."""
+    """If references do not vary, lengths are those of the first model's answers, which depend on its correctness."""
     assert report["lengths_of"] == {"all": "reference"}
-    assert any(line.startswith("PVM against base, by length") for line in findings(report))
+    assert any(line.startswith("PVM compared with base, by length") for line in findings(report))
 
     def alike(rows: list[dict]) -> list[dict]:
         return [{**row, "reference_length": 1, "length": row["row"]} for row in rows]
@@ -111,22 +111,22 @@ def test_lengths_that_depend_on_the_answers_are_no_finding(report):
     other = {**report, "models": report["models"][:2], **score_all(entries, r"\d")}
     assert other["lengths_of"] == {"all": "answer"}
     assert not any("by length" in line for line in findings(other))
-    assert "compare the other models with one another there, not with it" in markdown_report(other, {})
+    assert "there, compare the other models with each other, not with it" in markdown_report(other, {})
 
 
-def test_what_is_the_same_on_every_row_is_said_so(report):
+def test_a_difference_that_is_the_same_on_every_row(report):
     entries = [Entry("base", [records(1, 0)]), Entry("base - blank image", [records(0, 0)], intact="base")]
     models = [{**report["models"][0], "name": entry.name, "intact": entry.intact} for entry in entries]
-    models[1]["knock_out"] = "blank_image"
+    models[1]["ablation"] = "blank_image"
     (line,) = findings({**report, "models": models, **score_all(entries, r"\d")})
-    assert line == "base shown a gray image, against its own: -100.0 points, the same on each of 200 questions"
+    assert line == "base with a gray image, compared with its own: -100.0 points, the same on each of 200 questions"
 
 
 def test_a_report_without_branches_is_about_the_second_model(report):
     entries = [Entry("base", [records(0.3, 0)]), Entry("LoRA", [records(0.9, 5)])]
     models = [model for model in report["models"] if model["name"] in ("base", "LoRA")]
     other = {**report, "models": models, **score_all(entries, r"\d")}
-    assert findings(other)[0].startswith("LoRA against base: better by")
+    assert findings(other)[0].startswith("LoRA compared with base: better by")
     alone = {**report, "models": models[:1], **score_all(entries[:1], r"\d")}
     assert findings(alone) == [] and "Many differences" not in " ".join(cautions(alone))
 
@@ -134,9 +134,9 @@ def test_a_report_without_branches_is_about_the_second_model(report):
 def test_tables(report):
     (row,) = runs_table(report).rows
     assert row[:2] == ["PVM", "all"] and row[2].count("%") == 2
-    table = knock_out_table(report, "all", "PVM")
+    table = ablation_table(report, "all", "PVM")
     assert [line[0] for line in table.rows] == ["intact", "another memory", "blind"]
-    assert table.header[1:] == ["at 10", "at 500", "all 200", "lost or won"]
+    assert table.header[1:] == ["at 10", "at 500", "all 200", "difference"]
     assert len(length_table(report, "all").rows) == 4
     assert difference_table(report, "all", "PVM", is_second=True).header[2:] == ["PVM − base", "PVM − LoRA"]  # noqa: RUF001
 
@@ -144,10 +144,10 @@ def test_tables(report):
 def test_cautions_name_single_trainings_and_the_number_of_intervals(report):
     text = " ".join(cautions(report))
     assert "base, LoRA: one training each" in text and "PVM" not in text.partition("one training each")[0]
-    assert "one in twenty" in text and "Without knock-outs" not in text
+    assert "one in twenty" in text and "Without ablations" not in text
 
 
-def test_the_page_obeys_no_html_and_shows_every_table(report, tmp_path):
+def test_the_page_escapes_html_and_shows_every_table(report, tmp_path):
     (tmp_path / "report.png").write_bytes(b"picture")
     text = markdown_report({**report, "dataset": {"name": "<script>alert(1)</script>"}}, {"accuracy": "report.png"})
     page = html_page(text, tmp_path)
