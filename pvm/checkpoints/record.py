@@ -59,18 +59,16 @@ def count_parameters(model: torch.nn.Module) -> list[ParameterCount]:
     return [*counts.values(), total]
 
 
-def write_record(
-    folder: Path, model: PreTrainedModel | PeftModel, settings: dict[str, Any] | None, state: TrainerState
-) -> None:
+def training_record(
+    model: PreTrainedModel | PeftModel, settings: dict[str, Any], state: TrainerState
+) -> dict[str, Any]:
     """
-    Write training.json, without paths of this machine.
+    The content of training.json, without paths of this machine.
 
     Args:
-        folder (`Path`): of the checkpoint.
-        settings (`dict`, *optional*): what [`pvm.training.resume.run_settings`] returns.
+        settings (`dict[str, Any]`): what [`pvm.training.resume.run_settings`] returns, or at least `method`.
         state (`TrainerState`): steps, epochs and losses so far.
     """
-    settings = settings or {}
     total = count_parameters(model)[-1]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     names = settings.get("dataset_name", [])
@@ -80,8 +78,8 @@ def write_record(
     if isinstance(model.config, Qwen3VLPVMConfig):  # training may have started from another PVM checkpoint
         base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     on_hub = base is not None and public_name(base)["on_hub"]
-    record = {
-        "method": settings.get("method"),
+    return {
+        "method": settings["method"],
         "base_model": base if on_hub else None,
         "base_revision": revision if on_hub else None,
         "datasets": [{**public_name(name), "weight": weight} for name, weight in zip(names, weights)],
@@ -95,6 +93,10 @@ def write_record(
         "hardware": f"{settings.get('num_processes', 1)} x {device}",
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a [`training_record`] into the folder of a checkpoint."""
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

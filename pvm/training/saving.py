@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,31 +30,26 @@ STAGING = ".incomplete"
 
 
 def save_branches(
-    folder: Path, model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor], method: str, step: int
+    folder: Path, model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor], record: dict[str, Any]
 ) -> None:
     """
     Save an adapter checkpoint: the branches in the backbone's dtype and, of a PEFT model, LoRA in a folder of its own.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): of the model, gathered from all ranks.
-        method, step: how the branches were trained, and for how long; for the config.
+        record (`dict[str, Any]`): [`training_record`], of which the config gets the training metadata.
     """
     branches, lora = _trained_weights(model, state_dict)
     plain_model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = plain_model.config
-    base = config.base_model_name_or_path
-    config.get_text_config().pvm_training = {
-        "method": method,
-        "step": step,
-        "base_model": None if Path(base).is_dir() else base,
-        "base_revision": config.base_model_revision,
-    }
+    metadata = ("method", "step", "base_model", "base_revision")
+    config.get_text_config().pvm_training = {key: record[key] for key in metadata}
     config.peft_adapter = LORA_FOLDER if lora else None
     branches = {name: weight.to(plain_model.dtype) for name, weight in branches.items()}
     plain_model.save_pretrained(folder, state_dict=branches, adapter_only=True)
     if lora:
         lora_config = copy.copy(model.peft_config["default"])
-        lora_config.base_model_name_or_path, lora_config.modules_to_save = base, None
+        lora_config.base_model_name_or_path, lora_config.modules_to_save = config.base_model_name_or_path, None
         lora_config.inference_mode = True
         lora_config.save_pretrained(folder / LORA_FOLDER)
         save_file(lora, folder / LORA_FOLDER / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.card import write_card
 from pvm.checkpoints.push import push
-from pvm.checkpoints.record import PEFT_ORIGINAL, write_record
+from pvm.checkpoints.record import PEFT_ORIGINAL, training_record, write_record
 from pvm.data.encoding import IGNORE_INDEX
 from pvm.data.streams import ConversationStream
 from pvm.errors import UserError, user_errors
@@ -283,13 +283,14 @@ class PVMTrainer(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        record = training_record(self.model, self.settings, self.state)
         if pvm_blocks(self.model):
-            save_branches(folder, self.model, state_dict, self.settings["method"], self.state.global_step)
+            save_branches(folder, self.model, state_dict, record)
         else:
             self.model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_record(folder, self.model, self.settings, self.state)
+        write_record(folder, record)
         write_card(folder, self.hub_model_id or Path(self.args.output_dir).name)
 
     def _get_output_dir(self, trial) -> str:
