@@ -1,4 +1,4 @@
-"""eval.py from the command line's side: what it loads and refuses, how it answers, and what it writes."""
+"""eval.py: what it loads and refuses, how models answer, and what it writes."""
 
 import json
 import random
@@ -28,16 +28,18 @@ from transformers import (
 import eval as eval_script
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
-from pvm.checkpoints.loading import checkpoint_kind, load_checkpoint
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.checkpoints.names import checkpoint_kind
 from pvm.data.encoding import processor_state
 from pvm.data.sources import load_conversations
 from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.evaluation import questions as questions_module
 from pvm.evaluation.answering import answer, make_batches, read_journal
+from pvm.evaluation.arguments import EvalArguments
+from pvm.evaluation.progress import Progress
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
-from pvm.evaluation.unfinished import Unfinished
 from pvm.training.methods import LORA_TARGETS
 
 
@@ -48,7 +50,7 @@ FILLER = "red house " * 20
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A stock checkpoint: an untrained digits backbone that would sample if it were left to."""
+    """A stock checkpoint: an untrained digits backbone whose generation config samples."""
     folder = tmp_path_factory.mktemp("base")
     model, processor = build_backbone()
     ends = model.generation_config.eos_token_id
@@ -60,16 +62,16 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pvm_folder(base, tmp_path_factory) -> Path:
-    """A PVM checkpoint over the same backbone, marked as trained."""
+    """A PVM checkpoint of the same backbone, with training metadata."""
     return save_pvm(base, tmp_path_factory.mktemp("pvm"), GATE, {"method": "pvm", "step": 7})
 
 
-def save_pvm(base: Path, folder: Path, gate: float, mark: dict | None) -> Path:
+def save_pvm(base: Path, folder: Path, gate: float, training: dict | None) -> Path:
     config = Qwen3VLPVMConfig.from_stock(Qwen3VLConfig.from_pretrained(base), pvm_layers=[1, 2], pvm_hidden_size=64)
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(base, config=config)
     for block in pvm_blocks(model).values():
         torch.nn.init.constant_(block.gate_alpha, gate)
-    model.config.text_config.pvm_training = mark
+    model.config.text_config.pvm_training = training
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(base).save_pretrained(folder)
     return folder
@@ -77,7 +79,7 @@ def save_pvm(base: Path, folder: Path, gate: float, mark: dict | None) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_folder(base, tmp_path_factory) -> Path:
-    """A LoRA adapter of the stock checkpoint, without a processor of its own."""
+    """A LoRA adapter for the stock checkpoint, without a processor."""
     folder = tmp_path_factory.mktemp("adapter")
     model = Qwen3VLForConditionalGeneration.from_pretrained(base)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False))
@@ -86,7 +88,7 @@ def adapter_folder(base, tmp_path_factory) -> Path:
 
 
 def conversation(question: str, answer: str, task: str, seed: int | None) -> dict:
-    """A row about a random picture; `seed` `None`: about none."""
+    """A row with a random image, or without one if `seed` is `None`."""
     content = [{"type": "text", "text": question}]
     images = []
     if seed is not None:
@@ -123,7 +125,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def copy_of(source: Path, target: Path, config: dict | None = None, drop: str | None = None) -> Path:
-    """A checkpoint with fields of its config replaced, and without the weights whose names hold `drop`."""
+    """A checkpoint with fields of its config replaced, without the weights whose names contain `drop`."""
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -162,10 +164,10 @@ def test_reference_checkpoint_is_known_by_its_architectures():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapter(base, adapter_folder, dtype):
-    """Merged in float32, wrapped in less; its base and its base's processor are found by its own config."""
+    """Merged in float32, wrapped in smaller dtypes; its config names the base, which also has the processor."""
     checkpoint = load_checkpoint(str(adapter_folder), dtype)
     description = checkpoint.description
-    assert (description.kind, description.method, description.base) == ("adapter", "lora", str(base))
+    assert (description.kind, description.method, description.base) == ("peft", "lora", str(base))
     assert description.model_class == "Qwen3VLForConditionalGeneration" and description.dtype == dtype
     assert isinstance(checkpoint.model, PeftModel) == (dtype == "bfloat16")
     assert processor_state(checkpoint.processor) == processor_state(load_checkpoint(str(base)).processor)
@@ -184,9 +186,9 @@ def test_step_of_a_control_comes_from_its_trainer(adapter_folder, tmp_path):
     assert load_checkpoint(str(folder)).description.step == 12
 
 
-@pytest.mark.parametrize("mark", [{"method": "pvm", "step": 7}, None], ids=["marked", "unmarked"])
-def test_pvm_checkpoint_without_its_weights_is_refused(base, pvm_folder, tmp_path, mark):
-    text_config = {**json.loads((pvm_folder / "config.json").read_text())["text_config"], "pvm_training": mark}
+@pytest.mark.parametrize("training", [{"method": "pvm", "step": 7}, None], ids=["trained", "untrained"])
+def test_pvm_checkpoint_without_its_weights_is_refused(base, pvm_folder, tmp_path, training):
+    text_config = {**json.loads((pvm_folder / "config.json").read_text())["text_config"], "pvm_training": training}
     stripped = copy_of(pvm_folder, tmp_path / "stripped", {"text_config": text_config}, drop=".pvm_block.")
     with pytest.raises(UserError, match="weights"):
         load_checkpoint(str(stripped))
@@ -204,7 +206,7 @@ def test_stock_checkpoint_without_all_weights_is_refused(base, tmp_path):
 
 
 def test_adapter_without_all_weights_is_refused(adapter_folder, tmp_path):
-    with pytest.raises(UserError, match="lacks weights of its adapter"):
+    with pytest.raises(UserError, match="lacks weights"):
         load_checkpoint(str(copy_of(adapter_folder, tmp_path / "incomplete", drop="lora_B")))
 
 
@@ -212,14 +214,14 @@ def test_adapter_without_its_base_is_refused(adapter_folder, tmp_path):
     folder = copy_of(adapter_folder, tmp_path / "orphan")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone/away"}))
-    with pytest.raises(UserError, match="adapter for gone/away"):
+    with pytest.raises(UserError, match="PEFT adapter for gone/away"):
         load_checkpoint(str(folder))
 
 
-def test_what_is_no_checkpoint_is_refused(base, tmp_path):
-    with pytest.raises(UserError, match="is no checkpoint"):
+def test_refused_checkpoints(base, tmp_path):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint_kind(str(tmp_path))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         checkpoint_kind(str(tmp_path / "nothing" / "here"))
     with pytest.raises(UserError, match="model type 'llama'"):
         checkpoint_kind(str(copy_of(base, tmp_path / "llama", {"model_type": "llama"})))
@@ -249,7 +251,7 @@ def test_distance_and_depths(base, data):
     assert pieces == ["0", "1", "2", "3"]
 
 
-def test_batches_hold_equal_limits_and_like_lengths():
+def test_batches_have_equal_limits_and_similar_lengths():
     lengths, limits = [5, 9, 7, 3, 8], [16, 16, 64, 16, 16]
     assert make_batches(lengths, limits, 2) == [[2], [1, 4], [0, 3]]
 
@@ -296,7 +298,7 @@ def read_records(output_dir: Path, name: str) -> list[dict]:
 
 
 def test_files(output_dir):
-    names = {"report.html", "report.json", "report.md", "probes.json", "predictions", "report.png"}
+    names = {"report.html", "report.json", "report.md", "diagnostics.json", "predictions", "report.png"}
     names |= {f"report_{what}.png" for what in ("attention", "lens", "branches", "heat PVM")}
     assert {file.name for file in output_dir.iterdir()} - {"report_lengths.png"} == names
     assert {file.name for file in (output_dir / "predictions").iterdir()} == {"base.jsonl", "PVM.jsonl"}
@@ -304,7 +306,7 @@ def test_files(output_dir):
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_needs_nothing_beside_it(output_dir):
+def test_the_page_is_self_contained(output_dir):
     page = (output_dir / "report.html").read_text()
     pictures = re.findall(r'<img src="([^"]+)"', page)
     assert len(pictures) == len(list(output_dir.glob("*.png")))
@@ -337,14 +339,15 @@ def test_report_says_what_was_evaluated(output_dir):
     assert stock["model_class"] == "Qwen3VLForConditionalGeneration" and stock["gates_on"] is None
     assert pvm_model["model_class"] == "Qwen3VLPVMForConditionalGeneration" and pvm_model["gates_on"] is True
     text = (output_dir / "report.md").read_text()
-    assert "branches on (gates: layer 1 +0.2500, layer 2 +0.2500), trained by pvm for 7 steps" in text
+    assert "branches on (gates: layer 1 +0.2500, layer 2 +0.2500), trained with pvm for 7 steps" in text
     for heading in ("## By distance", "## By depth", "PVM − base"):  # noqa: RUF001
         assert heading in text
 
 
 def test_a_pvm_model_with_its_gates_at_zero_answers_as_its_base_and_the_report_says_so(base, data, tmp_path, capsys):
-    off = save_pvm(base, tmp_path / "off", gate=0.0, mark=None)
-    flags = ["--model", str(base), str(off), "--names", "base", "off", "--max_samples", "4", "--max_new_tokens", "4"]
+    off = save_pvm(base, tmp_path / "off", gate=0.0, training=None)
+    flags = ["--model", str(base), str(off), "--names", "base", "off", "--max_samples", "4"]
+    flags += ["--max_new_tokens", "4", "--diagnostic_rows", "0"]
     eval_script.main([*flags, "--dataset_name", str(data), "--output_dir", str(tmp_path / "report")])
     assert "All gates of off are exactly 0" in (tmp_path / "report" / "report.md").read_text()
     assert "All gates of off are exactly 0" in capsys.readouterr().out.replace("\n", " ")
@@ -357,7 +360,18 @@ def test_a_report_is_overwritten_only_on_request(flags, output_dir, tmp_path):
     folder = shutil.copytree(output_dir, tmp_path / "report")
     with pytest.raises(UserError, match="--overwrite true"):
         eval_script.main([*flags, "--output_dir", str(folder)])
-    other = [*flags, "--names", "first", "second", "--max_samples", "2", "--max_new_tokens", "2", "--probe_rows", "0"]
+    other = [
+        *flags,
+        "--names",
+        "first",
+        "second",
+        "--max_samples",
+        "2",
+        "--max_new_tokens",
+        "2",
+        "--diagnostic_rows",
+        "0",
+    ]
     eval_script.main([*other, "--output_dir", str(folder), "--overwrite", "true"])
     assert len(read_records(folder, "first")) == 2
     left = {file.name for file in folder.rglob("*")} - {"report_lengths.png"}
@@ -376,14 +390,14 @@ def test_a_report_is_overwritten_only_on_request(flags, output_dir, tmp_path):
     ("more", "sentence"),
     [
         (["--names", "one"], "1 names for 2 models"),
-        (["--probe_rows", "-1"], "--probe_rows -1"),
-        (["--scored_pattern", "x*"], "matches nothing at all"),
-        (["--names", "a", "b - c"], "no dash between spaces"),
-        (["--names", "a", "modèle"], "plain letters"),
+        (["--diagnostic_rows", "-1"], "--diagnostic_rows -1"),
+        (["--scored_pattern", "x*"], "matches the empty text"),
+        (["--names", "a", "b - c"], "without a dash between spaces"),
+        (["--names", "a", "modèle"], "ASCII letters"),
         (["--names", "a/b", "c"], "file name"),
-        (["--group_by", "colour"], "columns are"),
-        (["--group_by", "messages"], "values, and at most"),
-        (["--scored_pattern", "("], "no regular expression"),
+        (["--group_by", "colour"], "The columns are"),
+        (["--group_by", "messages"], "values; a report has at most"),
+        (["--scored_pattern", "("], "is not a regular expression"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--dataset_split", "train"], "split `train`"),
     ],
@@ -397,23 +411,23 @@ def test_refusals(flags, more, sentence, tmp_path):
 def test_two_models_of_one_name_need_names(base, data, tmp_path):
     other = copy_of(base, tmp_path / base.name)
     flags = ["--dataset_name", str(data), "--output_dir", str(tmp_path / "report")]
-    with pytest.raises(UserError, match="Tell them apart with --names"):
+    with pytest.raises(UserError, match="Choose other names with --names"):
         eval_script.main(["--model", str(base), str(other), *flags])
     with pytest.raises(UserError, match="names a checkpoint twice"):
         eval_script.main(["--model", str(base), str(base), "--names", "a", "b", *flags])
-    with pytest.raises(UserError, match="would both be called"):
+    with pytest.raises(UserError, match="would have the same label"):
         eval_script.main(["--model", str(base), str(other), str(tmp_path), "--names", "a", "a", "a run 2", *flags])
 
 
 def test_runs_of_a_method_are_reported_together(base, data, tmp_path):
-    """Two runs of one name, beside the base: means, each run's own, and knock-outs paired with their own run."""
+    """Two runs with one name, and the base: means, each run's accuracy, and ablations compared with their own run."""
     runs = [
         save_pvm(base, tmp_path / f"run{k}", gate, {"method": "pvm", "step": 1}) for k, gate in enumerate((0.2, 4))
     ]
     eval_script.main(
         ["--model", str(base), *map(str, runs), "--names", "base", "PVM", "PVM", "--dataset_name", str(data),
-         "--group_by", "task", "--scored_pattern", r"\d", "--max_new_tokens", "4", "--knock_outs", "branch_off",
-         "--output_dir", str(tmp_path / "report")]
+         "--group_by", "task", "--scored_pattern", r"\d", "--max_new_tokens", "4", "--ablations", "branch_off",
+         "--diagnostic_rows", "0", "--output_dir", str(tmp_path / "report")]
     )  # fmt: skip
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     labels = [model["label"] for model in report["models"]]
@@ -425,7 +439,7 @@ def test_runs_of_a_method_are_reported_together(base, data, tmp_path):
     assert result["accuracy"] == pytest.approx(sum(result["by_run"]) / 2) and result["runs"] == 2
     pairs = [(entry["of"], entry["minus"]) for entry in report["comparisons"]["cell"]]
     assert pairs == [("PVM", "base"), ("PVM - branch off", "PVM")]
-    # With the branches off both runs are the base, once each.
+    # With the branches off both runs are the base.
     for k in (1, 2):
         off, stock = (
             [record["prediction"] for record in read_records(tmp_path / "report", name)]
@@ -433,11 +447,11 @@ def test_runs_of_a_method_are_reported_together(base, data, tmp_path):
         )
         assert off == stock
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "2 of PVM." in text and "PVM with its branches off, against intact (cell)" in text
+    assert "2 of PVM." in text and "PVM with its branches off, compared with intact (cell)" in text
 
 
-def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypatch):
-    """Killed in the second model, it answers what is left and no more, and writes the same report."""
+def test_an_interrupted_evaluation_is_resumed(flags, output_dir, tmp_path, monkeypatch):
+    """Interrupted in the second model, it answers only what is missing, and writes the same report."""
     folder = tmp_path / "report"
     made, plain = [], GenerationMixin.generate
 
@@ -454,10 +468,10 @@ def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         eval_script.main([*flags, "--output_dir", str(folder)])
     assert sorted(file.name for file in folder.iterdir()) == ["unfinished"]
-    with pytest.raises(UserError, match="its batch_size was other than now"):
+    with pytest.raises(UserError, match="with different batch_size"):
         eval_script.main([*flags, "--batch_size", "5", "--output_dir", str(folder)])
     before = sum(made)
-    # To overwrite is to give up what was begun otherwise, and no more than that.
+    # --overwrite keeps answers of the same evaluation.
     with pytest.raises(KeyboardInterrupt):
         eval_script.main([*flags, "--output_dir", str(folder), "--overwrite", "true"])
     assert sum(made) == before
@@ -466,23 +480,24 @@ def test_an_interrupted_evaluation_goes_on(flags, output_dir, tmp_path, monkeypa
     assert before < 24 and sum(made) == 24, "each of 12 rows once for each model"
     whole, again = (json.loads((path / "report.json").read_text()) for path in (output_dir, folder))
     assert [model["seconds"] is None for model in again["models"]] == [False, True]
-    assert "answered in several goes" in (folder / "report.md").read_text()
-    for key in ("overall", "groups", "comparisons", "probes"):
+    assert "answered in several runs (interrupted)" in (folder / "report.md").read_text()
+    for key in ("overall", "groups", "comparisons", "diagnostics"):
         assert whole[key] == again[key]
     assert not (folder / "unfinished").exists()
 
 
-def test_knock_outs_of_every_kind_of_model_on_rows_with_and_without_images(base, pvm_folder, data, tmp_path):
-    """The stock model knows no switch, and a row without an image has nothing that could be hidden."""
+def test_ablations_of_stock_and_pvm_models_on_rows_with_and_without_images(base, pvm_folder, data, tmp_path):
+    """The stock class does not accept `use_pvm`, and a row without an image has nothing to hide."""
     eval_script.main(
         ["--model", str(base), str(pvm_folder), "--names", "base", "PVM", "--dataset_name", str(data),
-         "--max_new_tokens", "2", "--knock_outs", "blind", "branch_off", "--output_dir", str(tmp_path / "report")]
+         "--max_new_tokens", "2", "--ablations", "blind", "branch_off", "--diagnostic_rows", "0",
+         "--output_dir", str(tmp_path / "report")]
     )  # fmt: skip
     records = {name: read_records(tmp_path / "report", name) for name in ("base", "base - blind", "PVM - blind")}
     assert records["base"][-1]["distance"] is None
     assert records["base"][-1]["prediction"] == records["base - blind"][-1]["prediction"]
     blind = [[record["prediction"] for record in records[f"{name} - blind"]] for name in ("base", "PVM")]
-    assert blind[0] == blind[1], "without sight of the image, branches off: the base"
+    assert blind[0] == blind[1], "blind and with its branches off, the model is the base"
     assert "1 of 12 questions have no image" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -498,11 +513,11 @@ def test_changed_data_is_not_mixed_with_earlier_answers(base, data, tmp_path, mo
         eval_script.main(flags)
     rows = Dataset.from_parquet(str(folder / "test.parquet"))
     rows.select(range(len(rows) - 1, -1, -1)).to_parquet(folder / "test.parquet")
-    with pytest.raises(UserError, match="its rows was other than now"):
+    with pytest.raises(UserError, match="with different rows"):
         eval_script.main(flags)
 
 
-def test_a_line_that_was_being_written_is_written_anew(tmp_path):
+def test_an_incomplete_line_of_a_journal_is_removed(tmp_path):
     journal = tmp_path / "answers.jsonl"
     lines = [json.dumps({"row": row, "prediction": "\u2028", "length": 1, "cut": False}) + "\n" for row in range(4)]
     journal.write_text("".join(lines[:2]) + lines[2][:-1])
@@ -515,21 +530,21 @@ def test_a_line_that_was_being_written_is_written_anew(tmp_path):
 
 
 def test_damaged_parts_are_named(tmp_path):
-    first = Unfinished(tmp_path, {"a": 1})
+    first = Progress(tmp_path, {"a": 1})
     first.save("base", {"records": []})
     first._lock.release()
     (tmp_path / "parts" / "base.json").write_text('{"rec')
-    again = Unfinished(tmp_path, {"a": 1})
+    again = Progress(tmp_path, {"a": 1})
     with pytest.raises(UserError, match=r"base\.json is damaged"):
         again.load("base")
     again._lock.release()
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
-        Unfinished(tmp_path, {"a": 1})._lock.release()
+        Progress(tmp_path, {"a": 1})._lock.release()
 
 
 def test_groups_and_texts_that_look_like_markup(base, tmp_path, capsys):
-    """To rich `[/x]` ends a style, and to matplotlib what stands between dollars is a formula."""
+    """rich takes `[/x]` for the end of a style, matplotlib what is between dollars for a formula."""
     group = "[/INST] $x_{$ b"
     for k in range(2):
         Image.new("RGB", (32, 32), (99 * k, 0, 0)).save(tmp_path / f"{k}.png")
@@ -540,24 +555,24 @@ def test_groups_and_texts_that_look_like_markup(base, tmp_path, capsys):
     eval_script.main(
         ["--model", str(base), str(other), "--names", "1. base", "other",
          "--dataset_name", str(tmp_path / "rows.jsonl"), "--dataset_split", "train", "--group_by", "task",
-         "--max_new_tokens", "4", "--probe_rows", "1",
-         "--knock_outs", "blank_image", "--output_dir", str(tmp_path / "report")]
+         "--max_new_tokens", "4", "--diagnostic_rows", "1",
+         "--ablations", "blank_image", "--output_dir", str(tmp_path / "report")]
     )  # fmt: skip
     assert group in capsys.readouterr().out
     page = (tmp_path / "report" / "report.html").read_text()
     assert group in page and "<ol>" not in page and "1. base: Qwen3VLForConditionalGeneration" in page
 
 
-def test_only_texts_that_are_compared_have_pieces():
+def test_only_exact_matches_have_pieces_by_default():
     made = {"model": ["a"], "output_dir": "b"}
-    assert eval_script.EvalArguments(**made).scored_pattern == r"\S+"
-    assert eval_script.EvalArguments(**made, match="choice").scored_pattern is None
-    assert eval_script.EvalArguments(**made, match="choice", scored_pattern="x").scored_pattern == "x"
+    assert EvalArguments(**made).scored_pattern == r"\S+"
+    assert EvalArguments(**made, match="choice").scored_pattern is None
+    assert EvalArguments(**made, match="choice", scored_pattern="x").scored_pattern == "x"
 
 
-def test_files_that_are_no_report_are_left_alone(base, data, tmp_path):
+def test_files_that_are_not_part_of_a_report_are_kept(base, data, tmp_path):
     (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(UserError, match=r"report\.md is no part of a report"):
+    with pytest.raises(UserError, match=r"report\.md is not part of a report"):
         eval_script.main(
             ["--model", str(base), "--dataset_name", str(data), "--output_dir", str(tmp_path), "--overwrite", "true"]
         )
@@ -565,14 +580,14 @@ def test_files_that_are_no_report_are_left_alone(base, data, tmp_path):
 
 
 def test_one_folder_takes_one_evaluation_at_a_time(tmp_path):
-    first = Unfinished(tmp_path / "unfinished", {"a": 1})
+    first = Progress(tmp_path / "unfinished", {"a": 1})
     with pytest.raises(UserError, match="Another process is evaluating"):
-        Unfinished(tmp_path / "unfinished", {"a": 1})
+        Progress(tmp_path / "unfinished", {"a": 1})
     first.remove()
 
 
 def test_errors_are_one_sentence(tmp_path, monkeypatch):
     command = ["eval.py", "--model", str(tmp_path), "--dataset_name", "x", "--output_dir", str(tmp_path / "report")]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match=r"^eval\.py: error: .* is no checkpoint"):
+    with pytest.raises(SystemExit, match=r"^eval\.py: error: .* is not a checkpoint"):
         runpy.run_path(eval_script.__file__, run_name="__main__")

@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from variants_qwen3vl_pvm import BLOCKS
+
 
 @dataclass
 class Table:
@@ -66,9 +68,10 @@ def ablations_of(report: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def subject(report: dict[str, Any]) -> str:
-    """The entry that the report is about: the first with PVM branches, else the second, else the only one."""
-    with_branches = [model["name"] for model in report["models"] if model["kind"] == "pvm"]
-    return (with_branches or intact_names(report)[1:] or intact_names(report))[0]
+    """The entry that the report is about: the first with branches that read the image, else the second or only one."""
+    blocks = {model["name"]: model["block"] for model in report["models"] if model["block"] is not None}
+    with_memory = [name for name, block in blocks.items() if BLOCKS[block].reads_image]
+    return (with_memory or intact_names(report)[1:] or intact_names(report))[0]
 
 
 def compared(report: dict[str, Any], group: str, of: str, minus: str) -> dict[str, Any]:
