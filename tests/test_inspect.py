@@ -1,32 +1,39 @@
-"""What `python -m pvm inspect` says of checkpoints of every kind, and of broken ones."""
+"""What `python -m pvm inspect` says about checkpoints of every kind, and about broken ones."""
 
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import tiny
 from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
-from hub_server import serve
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import convert
 from pvm.checkpoints.inspect import inspect, main, show
 from pvm.errors import UserError
-from training import PVM, ROOT, run
+from variants_qwen3vl_pvm import BLOCKS
 
 
 REFERENCE = Path(__file__).parent / "reference_case"
+RELEASE = Path(__file__).parent / "release_0.1.0"
 
 
 @pytest.fixture(scope="module")
-def adapter(base, conversations, tmp_path_factory) -> Path:
-    return run(base, conversations, tmp_path_factory.mktemp("inspect") / "run", *PVM, "--gate_learning_rate", "0.05")
+def adapter(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    tiny.build_stock().save_pretrained(folder / "base")
+    model = tiny.build(gate=0.5)
+    model.config.base_model_name_or_path = str(folder / "base")
+    model.config.text_config.pvm_training = {"method": "pvm", "step": 10}
+    model.save_pretrained(folder / "adapter", adapter_only=True)
+    shutil.copy(RELEASE / "adapter" / "training.json", folder / "adapter")
+    return folder / "adapter"
 
 
 @pytest.fixture
@@ -41,42 +48,54 @@ def edit(folder: Path, change) -> None:
     save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def test_an_adapter(adapter, base):
+def test_an_adapter(adapter):
     found = inspect(str(adapter))
-    assert (found.kind, found.base, found.layers, found.width) == ("PVM, an adapter", str(base), [1, 2, 3], 32)
+    assert (found.kind, found.base) == ("PVM, adapter checkpoint", str(adapter.parent / "base"))
+    assert (found.layers, found.width, found.causal) == ([1, 2], 32, True)
     weights = load_file(adapter / ADAPTER_WEIGHTS_NAME)
-    assert found.branches["parameters"] == sum(weight.numel() for weight in weights.values()) == 77187
-    assert found.gates == {
-        k: weights[f"model.language_model.layers.{k}.pvm_block.gate_alpha"].item() for k in (1, 2, 3)
-    }
-    assert found.trained["step"] == found.record["step"] == 4 and found.causal and not found.problems
+    assert found.branches["parameters"] == sum(weight.numel() for weight in weights.values()) > 20_000
+    assert found.gates == {1: 0.5, 2: 0.5}
+    assert found.trained["step"] == found.record["step"] == 10 and not found.problems
     sha256 = subprocess.run(["sha256sum", adapter / ADAPTER_WEIGHTS_NAME], capture_output=True, text=True).stdout
     assert found.files[ADAPTER_WEIGHTS_NAME]["sha256"] == sha256.split()[0]
 
 
 def test_the_same_branches_have_the_same_hash_in_every_form(adapter, tmp_path):
-    convert.main([str(adapter), str(tmp_path / "whole"), "--to", "full"])
+    convert.main([str(adapter), str(tmp_path / "whole"), "--to", "whole"])
     whole = inspect(str(tmp_path / "whole"))
-    assert whole.kind == "PVM, whole" and whole.base is None and not whole.problems
+    assert whole.kind == "PVM, whole checkpoint" and whole.base is None and not whole.problems
     assert whole.branches == inspect(str(adapter)).branches
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert inspect(str(tmp_path / "shards")).branches == whole.branches
 
 
-def test_other_kinds(base, conversations, tmp_path):
-    assert inspect(str(base)).kind == "stock Qwen3-VL"
+def test_other_kinds(base, tmp_path):
+    stock = inspect(str(base))
+    assert (stock.kind, stock.block, stock.problems) == ("stock Qwen3-VL", None, [])
     reference = inspect(str(REFERENCE))
-    assert reference.kind == "PVM, whole, of the authors' implementation" and reference.causal is False
+    assert reference.kind == "PVM, whole checkpoint of the authors' implementation" and reference.causal is False
     assert [round(gate, 4) for gate in reference.gates.values()] == [0.5358, -0.513] and not reference.problems
-    lora = inspect(str(run(base, conversations, tmp_path / "lora", "--method", "lora")))
-    assert (lora.kind, lora.base) == ("PEFT adapter", str(base)) and not lora.problems
-    both = run(base, conversations, tmp_path / "both", *PVM, "--method", "pvm+lora")
-    assert inspect(str(both)).kind == "PVM, an adapter with LoRA" and not inspect(str(both)).problems
-    (both / "lora/adapter_model.safetensors").unlink()
+
+    lora = get_peft_model(tiny.build_stock(), LoraConfig(target_modules=["q_proj"]))
+    lora.peft_config["default"].base_model_name_or_path = str(base)
+    lora.save_pretrained(tmp_path / "lora")
+    lora = inspect(str(tmp_path / "lora"))
+    assert (lora.kind, lora.base, lora.problems) == ("PEFT adapter", str(base), [])
+    both = tmp_path / "both"
+    shutil.copytree(RELEASE / "adapter_with_lora", both)
+    assert inspect(str(both)).kind == "PVM, adapter checkpoint with LoRA" and not inspect(str(both)).problems
+    (both / "lora" / "adapter_model.safetensors").unlink()
     assert inspect(str(both)).problems == ["There is no lora/adapter_model.safetensors."]
-    mlp = inspect(str(run(base, conversations, tmp_path / "mlp", *PVM, "--method", "mlp")))
-    assert mlp.kind == "parallel MLP, a control, an adapter" and not mlp.problems
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_kind_of_branch(tmp_path, block):
+    tiny.build(pvm_block=block).save_pretrained(tmp_path)
+    found = inspect(str(tmp_path))
+    assert found.kind == "PVM, whole checkpoint" and not found.problems
+    name, _, summary = found.block.partition(": ")
+    assert name == block and summary.endswith(".") and summary in " ".join(BLOCKS[block].__doc__.split())
 
 
 GATE = "model.language_model.layers.2.pvm_block.gate_alpha"
@@ -89,7 +108,7 @@ NORM = "model.language_model.layers.2.pvm_block.input_norm.weight"
         (lambda weights: weights[GATE].fill_(float("nan")), f"{GATE} is nan"),
         (lambda weights: weights[GATE].fill_(1e9), f"{GATE} is 1000000000.0"),
         (lambda weights: weights.pop(NORM), f"{NORM} is missing."),
-        (lambda weights: weights.update({NORM: torch.ones(3)}), f"{NORM} has the shape (3,), and the config wants"),
+        (lambda weights: weights.update({NORM: torch.ones(3)}), f"{NORM} has the shape (3,), and the config expects"),
         (lambda weights: [weights[key].zero_() for key in weights if "gate" in key], "All gates are exactly 0"),
     ],
 )
@@ -105,23 +124,36 @@ def test_broken_folders(copy, tmp_path):
     (copy / "modeling_qwen3vl_pvm.py").unlink()
     (copy / "pytorch_model.bin").touch()
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(
-        json.dumps({**config, "auto_map": {}, "base_model_name_or_path": str(tmp_path / "gone")})
-    )
-    problems = " ".join(inspect(str(copy)).problems)
-    for part in ("no modeling_qwen3vl_pvm.py", "pytorch_model.bin is a pickle", "no `auto_map`", "which is not there"):
-        assert part in problems
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert inspect(str(copy)).problems == [
+        f"The base is the folder {tmp_path / 'gone'}, which does not exist.",
+        "There is no modeling_qwen3vl_pvm.py: trust_remote_code cannot load the checkpoint.",
+        "pytorch_model.bin is a pickle, which is never loaded: only safetensors are.",
+    ]
     (copy / ADAPTER_WEIGHTS_NAME).unlink()
-    assert any("There is no model.pvm.safetensors" in problem for problem in inspect(str(copy)).problems)
-    with pytest.raises(UserError, match="is no folder"):
+    assert "There is no model.pvm.safetensors." in inspect(str(copy)).problems
+    with pytest.raises(UserError, match="is not a folder"):
         inspect(str(tmp_path / "nothing"))
+
+
+def test_code(copy):
+    (copy / "cache_qwen3vl_pvm.py").unlink()
+    (problem,) = inspect(str(copy)).problems
+    assert problem.startswith("There is no cache_qwen3vl_pvm.py"), "which other files import"
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "other/repo--evil.Config"}
+    (copy / "config.json").write_text(json.dumps(config))
+    missing, foreign = inspect(str(copy)).problems
+    assert "no `auto_map` for AutoModelForImageTextToText" in missing
+    assert foreign == "The code is that of another repository: other/repo--evil.Config."
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"x" * 5000, None])
 def test_damaged_files(copy, content):
     file = copy / ADAPTER_WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:-2000] if content is None else content)
-    assert any(part in inspect(str(copy)).problems[0] for part in ("is no safetensors file", "it is damaged"))
+    assert any(part in inspect(str(copy)).problems[0] for part in ("is not a safetensors file", "is damaged"))
 
 
 def test_a_whole_checkpoint_without_a_weight_of_its_backbone(tmp_path):
@@ -130,15 +162,8 @@ def test_a_whole_checkpoint_without_a_weight_of_its_backbone(tmp_path):
     del weights["model.visual.pos_embed.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert inspect(str(tmp_path)).problems == [
-        "It lacks 1 weights of its backbone, e.g. model.visual.pos_embed.weight."
+        "1 weights of the backbone are missing, e.g. model.visual.pos_embed.weight."
     ]
-
-
-def test_code_of_another_repository(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["auto_map"]["AutoConfig"] = "other/repo--evil.Config"
-    (copy / "config.json").write_text(json.dumps(config))
-    assert "Its code is that of another repository: other/repo--evil.Config." in inspect(str(copy)).problems
 
 
 def test_fresh_branches(tmp_path):
@@ -146,24 +171,4 @@ def test_fresh_branches(tmp_path):
     console = Console(record=True, width=200)
     found = inspect(str(tmp_path))
     show(found, console)
-    assert not found.problems and "not marked as trained; all gates are 0" in console.export_text()
-
-
-def test_on_the_hub(base, conversations, tmp_path):
-    """The same is said of it as of the folder, and the weights of a whole checkpoint are not downloaded."""
-    whole = tmp_path / "whole"
-    convert.main([str(run(base, conversations, tmp_path / "run", *PVM)), str(whole), "--to", "full"])
-    with serve(tmp_path / "hub") as hub:
-        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        push = "from huggingface_hub import HfApi; import sys; HfApi().create_repo('me/pvm'); "
-        push += "HfApi().upload_folder(repo_id='me/pvm', folder_path=sys.argv[1])"
-        subprocess.run([sys.executable, "-c", push, str(whole)], env=environment, check=True, capture_output=True)
-        command = [sys.executable, "-m", "pvm.checkpoints.inspect", "me/pvm", "--json"]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        downloads = [request for request in hub.requests if "/object/" in request]
-    remote, local = json.loads(result.stdout), inspect(str(whole))
-    assert remote["branches"] == local.branches and remote["kind"] == local.kind
-    assert remote["gates"] == {str(layer): gate for layer, gate in local.gates.items()}
-    assert remote["files"]["model.safetensors"] == local.files["model.safetensors"]
-    assert downloads and {request.split()[-1] for request in downloads} == {"206"}, "only parts of the file"
+    assert not found.problems and "not recorded; all gates are 0" in console.export_text()

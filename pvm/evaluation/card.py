@@ -65,8 +65,7 @@ def results_of(report: dict[str, Any], model: dict[str, Any], has_picture: bool)
                 parts += [f"**{table.title}**", table.markdown()]
     if len(intact_names(report)) > 1:
         parts.append(difference_guide(first))
-    parts += [f"- {line}" for line in remarks(report, only_intact=True)]
-    parts.append("\n".join(f"- {line}" for line in checkpoint_lines(report)))
+    parts.append("\n".join(f"- {line}" for line in [*remarks(report, only_intact=True), *checkpoint_lines(report)]))
     return Results("\n\n".join(parts), [_metric(report, model)])
 
 
