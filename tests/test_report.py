@@ -50,7 +50,7 @@ def report() -> dict:
         {
             "name": entry.name, "run": run, "label": f"{entry.name} {run}", "intact": entry.intact, "step": 3,
             "ablation": entry.name.partition(" - ")[2].replace(" ", "_") or "none", "path": "runs/x",
-            "kind": "pvm" if "PVM" in entry.name else "stock", 
+            "kind": "pvm" if "PVM" in entry.name else "stock",
             "block": "pvm" if "PVM" in entry.name else None, "model_class": "C", "parameters": 1, "base": None,
             "gates": {}, "gates_on": None, "method": None, "answers_cut": 0, "seconds": 1.0, "dtype": "float32",
             "commit": None,

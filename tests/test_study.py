@@ -1,4 +1,4 @@
-"""A small study, for real: two learning rates, two seeds, the report, and the same line again."""
+"""Studies: trainings and evaluations are stubs, but for one test that trains and evaluates."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,14 @@ from pvm import study as study_module
 from pvm.arguments import parse_arguments
 from pvm.data.sources import DataArguments
 from pvm.errors import UserError
-from pvm.study import Run, Study, choose
+from pvm.evaluation.arguments import EvalArguments
+from pvm.study import Run, Study, as_flags, run_script
 from pvm.training.methods import ModelArguments
 from pvm.training.trainer import PVMTrainingArguments
 
 
-def recipe(tmp_path: Path, base: Path, conversations: Path, **changes) -> Path:
+def recipe(tmp_path: Path, base: Path | str = "base", conversations: Path | str = "data.jsonl", **changes) -> Path:
+    """Two methods with two learning rates each, and two seeds."""
     content = {
         "output_dir": str(tmp_path / "study"),
         "seeds": [0, 1],
@@ -26,72 +28,113 @@ def recipe(tmp_path: Path, base: Path, conversations: Path, **changes) -> Path:
             "per_device_train_batch_size": 3,
             "max_steps": 2,
             "logging_steps": 1,
-            "save_steps": 1,
             "use_cpu": True,
         },
-        "methods": {"PVM": {"method": "pvm", "pvm_hidden_size": 32, "learning_rates": [1.0e-3, 1.0e-9]}},
+        "methods": {
+            "PVM": {"method": "pvm", "pvm_hidden_size": 32, "learning_rates": [1.0e-3, 1.0e-9]},
+            "MLP": {"method": "pvm", "pvm_block": "parallel_mlp", "learning_rates": [1.0e-9, 1.0e-3]},
+        },
         "evaluate": {
             "dataset_name": str(conversations), "dataset_split": "train", "max_samples": 2, "max_new_tokens": 2,
-            "probe_rows": 0,
+            "diagnostic_rows": 0,
         },
         **changes,
     }  # fmt: skip
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
 
 
-def test_a_study(base, conversations, tmp_path, capsys):
-    file = recipe(tmp_path, base, conversations)
-    with pytest.raises(SystemExit) as ended:
-        study_module.main(["--config", str(file)])
-    assert ended.value.code == 0
-    study = Study.load(str(file))
-    losses = json.loads((tmp_path / "study" / "learning_rates.json").read_text())["PVM"]
-    assert set(losses) == {"0.001", "1e-09"}
-    (rate,) = choose(study, [Run(study, "PVM", rate, 0) for rate in (1.0e-3, 1.0e-9)]).values()
-    assert rate == min(losses, key=losses.get) or losses[str(rate)] == min(losses.values())
-    folders = sorted(path.name for path in (tmp_path / "study" / "PVM").iterdir() if path.is_dir())
-    assert len(folders) == 3, "each rate at the first seed, the better one at the second"
-    assert f"learning_rate_{rate}-seed_1" in folders
-    assert "(the outermost that was tried)" in capsys.readouterr().out
-    report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
-    assert [model["label"] for model in report["models"]] == ["base", "PVM run 1", "PVM run 2"]
+class Scripts:
+    """Stubs of train.py and eval.py: they parse their flags and write what a study reads. `calls` are these flags."""
 
-    # The same line again trains nothing, and says that the report is there.
-    logs = {log: log.stat().st_size for log in (tmp_path / "study" / "PVM").glob("*.log")}
-    study_module.main(["--config", str(file)])
-    assert "The report is written" in capsys.readouterr().out
-    assert len(logs) == 3 and logs == {log: log.stat().st_size for log in logs}
-    # With another recipe it says so, and uses nothing of the old one.
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def __call__(self, script: str, flags: list[str], log: Path | None = None) -> int:
+        if script == "eval.py":
+            (arguments,) = parse_arguments((EvalArguments,), "", flags)
+            folder, written = Path(arguments.output_dir), {"report.json": {"arguments": vars(arguments)}}
+            self.calls.append((script, arguments.model, arguments.names))
+        else:
+            model, _, training = parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "", flags)
+            folder, rate = Path(training.output_dir), training.learning_rate
+            # Three steps, of which the last one counts; the larger learning rate wins.
+            history = [{"loss": loss} for loss in (9.0, rate, 1 - rate)]
+            written = {"trainer_state.json": {"log_history": history}, "model.pvm.safetensors": {}}
+            self.calls.append((script, model.pvm_block, rate, training.seed, training.resume_from_checkpoint))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in written.items():
+            (folder / name).write_text(json.dumps(content))
+        return 0
+
+
+def test_a_study(tmp_path, capsys):
+    file, scripts = recipe(tmp_path), Scripts()
+    study_module.main(["--config", str(file)], scripts)
+    *trainings, evaluation = scripts.calls
+    tries = [(block, rate, 0, None) for block in (None, "parallel_mlp") for rate in (1e-3, 1e-9)]
+    seeds = [(block, 1e-3, 1, None) for block in (None, "parallel_mlp")]
+    assert {call[1:] for call in trainings} == {*tries, *seeds} and len(trainings) == 6
+    losses = json.loads((tmp_path / "study" / "learning_rates.json").read_text())
+    assert losses["MLP"] == {"1e-09": 1 - 1e-9, "0.001": 1 - 1e-3}
+    folders = [
+        str(tmp_path / "study" / name / f"learning_rate_0.001-seed_{k}") for name in ("PVM", "MLP") for k in (0, 1)
+    ]
+    assert evaluation == ("eval.py", ["base", *folders], ["base", "PVM", "PVM", "MLP", "MLP"])
+    assert "0.001 (at the edge of those tried)" in capsys.readouterr().out
+
+    # The same command again trains and evaluates nothing.
+    study_module.main(["--config", str(file)], scripts)
+    assert len(scripts.calls) == 7 and "The report exists already" in capsys.readouterr().out
+    # Results of another recipe are not used.
     content = yaml.safe_load(file.read_text())
-    changed = {**content, "evaluate": {**content["evaluate"], "max_samples": 1}}
-    file.write_text(yaml.safe_dump(changed))
-    with pytest.raises(UserError, match="is a report with another max_samples"):
-        study_module.main(["--config", str(file)])
-    file.write_text(yaml.safe_dump({**content, "train": {**content["train"], "max_steps": 3}}))
-    with pytest.raises(UserError, match="was trained with another max_steps than the recipe has now"):
-        study_module.main(["--config", str(file)])
+    recipe(tmp_path, evaluate={**content["evaluate"], "max_samples": 1})
+    with pytest.raises(UserError, match="is a report with a different max_samples"):
+        study_module.main(["--config", str(file)], scripts)
+    recipe(tmp_path, train={**content["train"], "max_steps": 3})
+    with pytest.raises(UserError, match="was trained with a different max_steps than the recipe has now"):
+        study_module.main(["--config", str(file)], scripts)
 
 
-def test_a_training_that_fails_is_named(base, conversations, tmp_path):
+def test_a_study_with_a_real_training(base, conversations, tmp_path):
+    """train.py as a command, and eval.py in this process."""
     methods = {"PVM": {"method": "pvm", "pvm_hidden_size": 32, "learning_rates": [1.0e-3]}}
-    file = recipe(tmp_path, base, tmp_path / "nothing", methods=methods)
-    with pytest.raises(UserError, match=r"seed_0 ended with an error, see .*\.log: train\.py: error"):
-        study_module.main(["--config", str(file)])
+    file = recipe(tmp_path, base, conversations, methods=methods, seeds=[0])
+
+    def run(script: str, flags: list[str], log: Path | None = None) -> int:
+        return run_script(script, flags, log) if script == "train.py" else eval_script.main(flags) or 0
+
+    study_module.main(["--config", str(file)], run)
+    report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
+    assert [(model["label"], model["step"]) for model in report["models"]] == [("base", None), ("PVM", 2)]
 
 
-def test_a_training_goes_on_from_its_last_checkpoint(base, conversations, tmp_path, monkeypatch):
-    run = Run(Study.load(str(recipe(tmp_path, base, conversations))), "PVM", 1.0e-3, 0)
+def test_a_failed_training_is_named(tmp_path):
+    def fail(script: str, flags: list[str], log: Path | None = None) -> int:
+        log.write_text("Traceback\ntrain.py: error: no rows\n")
+        return 1
+
+    with pytest.raises(UserError, match=r"seed_0 failed, see .*\.log: train\.py: error: no rows"):
+        study_module.main(["--config", str(recipe(tmp_path))], fail)
+
+
+def test_the_status_of_eval_is_passed_on(tmp_path):
+    scripts = Scripts()
+
+    def run(script: str, flags: list[str], log: Path | None = None) -> int:
+        return 3 if script == "eval.py" else scripts(script, flags, log)
+
+    with pytest.raises(SystemExit) as ended:
+        study_module.main(["--config", str(recipe(tmp_path))], run)
+    assert ended.value.code == 3
+
+
+def test_a_training_is_resumed_from_its_last_checkpoint(tmp_path):
+    run, scripts = Run(Study.load(str(recipe(tmp_path))), "PVM", 1.0e-3, 0), Scripts()
     (run.folder / "checkpoint-1").mkdir(parents=True)
-    called = []
-
-    class Result:
-        returncode = 0
-
-    monkeypatch.setattr(study_module.subprocess, "run", lambda command, **kwargs: called.append(command) or Result)
-    run.train()
-    assert "--resume_from_checkpoint=last" in called[0] and not run.finished
+    run.train(scripts)
+    assert scripts.calls == [("train.py", None, 1e-3, 0, "last")]
 
 
 @pytest.mark.parametrize(
@@ -99,33 +142,35 @@ def test_a_training_goes_on_from_its_last_checkpoint(base, conversations, tmp_pa
     [
         ({"colour": "red"}, "missing or unknown: `colour`"),
         ({"methods": {"PVM": {"method": "pvm"}}}, "PVM has no `learning_rates`"),
-        ({"methods": {"PVM": {"method": "pvm", "learning_rates": ["1e-3"]}}}, "is no number: write 1.0e-3"),
+        ({"methods": {"PVM": {"method": "pvm", "learning_rates": ["1e-3"]}}}, "does not read .* write 1.0e-3"),
         ({"methods": {"PVM": None}}, "PVM has no `learning_rates`"),
-        ({"methods": ["PVM"]}, "`methods` must hold"),
+        ({"methods": ["PVM"]}, "`methods` must contain"),
         ({"methods": {"PVM": {"method": "magic", "learning_rates": [1.0e-3]}}}, "`method` must be one of pvm, lora"),
         ({"seeds": 3}, "`seeds` must be a list"),
         ({"seeds": []}, "`seeds` must be a list"),
         ({"train": {"max_steps": 1}}, "`train` lacks `model_name_or_path`"),
     ],
 )
-def test_what_is_no_recipe_is_refused(base, conversations, tmp_path, changes, sentence):
+def test_invalid_recipes(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        Study.load(str(recipe(tmp_path, base, conversations, **changes)))
+        Study.load(str(recipe(tmp_path, **changes)))
     with pytest.raises(UserError, match="--config .*nothing.yaml"):
         Study.load(str(tmp_path / "nothing.yaml"))
 
 
 @pytest.mark.parametrize("recipe", ["digits_study", "digits_variants"])
-def test_recipes_that_ship_are_understood_and_fair(recipe):
-    """Every training and the evaluation parse; the shared settings are shared; nobody has more tries than another."""
+def test_the_recipes_are_valid_and_fair(recipe):
+    """All flags parse, shared settings are shared, and every method has as many tries."""
     study = Study.load(str(study_module.ROOT / "recipes" / f"{recipe}.yaml"))
     for name, method in study.methods.items():
         run = Run(study, name, method["learning_rates"][0], study.seeds[0])
-        flags = [*study_module._flags(run.settings), "--output_dir", str(run.folder)]
+        flags = [*as_flags(run.settings), "--output_dir", str(run.folder)]
         model, _, training = parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "", flags)
-        assert model.method == method["method"] and training.learning_rate == method["learning_rates"][0]
+        assert (model.method, model.pvm_block) == (method["method"], method.get("pvm_block"))
+        assert training.learning_rate == method["learning_rates"][0]
         assert training.per_device_train_batch_size == study.train["per_device_train_batch_size"]
     assert len({len(method["learning_rates"]) for method in study.methods.values()}) == 1
-    flags = study_module._flags({**study.evaluate, "model": ["a"], "output_dir": "b"})
-    (evaluation,) = parse_arguments((eval_script.EvalArguments,), "", flags)
+    (evaluation,) = parse_arguments(
+        (EvalArguments,), "", as_flags({**study.evaluate, "model": ["a"], "output_dir": "b"})
+    )
     assert evaluation.dataset_split == "test" and evaluation.group_by == "task"
