@@ -35,7 +35,7 @@ demo: $(INSTALLED) data/digits/test.parquet
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
 
 study variants: $(INSTALLED) data/digits/test.parquet
-	$(RUN) -m pvm.study --config recipes/digits_$@.yaml --jobs 2
+	$(RUN) -m pvm study --config recipes/digits_$@.yaml --jobs 2
 
 test: $(INSTALLED) $(LMMS_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
