@@ -5,29 +5,25 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 import tiny
 from benchmarks.training import saved_bytes
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration, pvm_blocks
-from pvm.checkpoints.loading import checkpoint_kind, load_checkpoint
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm.checkpoints.loading import load_checkpoint
 from pvm.checkpoints.record import count_parameters
 from pvm.data.encoding import ConversationCollator, ConversationDataset
 from pvm.data.sources import load_conversations
 from pvm.errors import UserError
 from pvm.training.methods import METHODS, ModelArguments, load_model
-from pvm.training.trainer import LORA_FOLDER, PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
-from pvm.variants import ParallelMLPConfig, ParallelMLPForConditionalGeneration
+from pvm.training.trainer import PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
 from training import PVM, losses, run
-
-
-BRANCHED = ("pvm", "pvm+lora", "mlp", "token_gate")
+from variants_qwen3vl_pvm import BLOCKS
 
 
 def model_arguments(base, method: str, **fields) -> ModelArguments:
-    return ModelArguments(str(base), method=method, pvm_hidden_size=32 if method in BRANCHED else None, **fields)
+    return ModelArguments(str(base), method=method, pvm_hidden_size=32 if "pvm" in method else None, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +43,16 @@ def open_gates(model, gate: float = 0.5):
 # The loss
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_loss_is_the_models_own(base, batch, method):
-    """Logits at the labels alone give the loss and the gradients that all logits give."""
-    model = open_gates(load_model(model_arguments(base, method)))
+@pytest.mark.parametrize(
+    ("method", "block"), [*((method, None) for method in METHODS), *(("pvm", block) for block in BLOCKS)]
+)
+def test_the_loss_is_the_models_own(base, batch, method, block):
+    """Logits at the labels alone give the loss and the gradients of all logits, and everything has a gradient."""
+    model = open_gates(load_model(model_arguments(base, method, pvm_block=block)))
     own = model(**batch).loss
     own.backward()
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in expected.values())
     model.zero_grad()
 
     positions, targets = predictions(batch["labels"])
@@ -75,6 +74,7 @@ def test_a_step_is_the_mean_over_its_labels_however_it_is_cut(base, conversation
     path = tmp_path / "uneven.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = (*PVM, "--max_steps", "2", "--learning_rate", "0.01", "--optim", "sgd", "--max_grad_norm", "0")
+    flags = (*flags, "--save_strategy", "no")
     cuts = {"12": "1", "4": "3", "1": "12"}
     histories = [
         losses(
@@ -93,7 +93,7 @@ def test_a_step_is_the_mean_over_its_labels_however_it_is_cut(base, conversation
 
 
 def test_nothing_is_kept_below_the_first_branch(base, batch):
-    """Neither in the vision tower nor in the layers that no trained weight lies below."""
+    """Neither in the vision tower nor in the decoder layers before it."""
     model = load_model(model_arguments(base, "pvm", pvm_layers=[2, 3])).train()
     whole = saved_bytes(model, batch)
     kept = []
@@ -127,17 +127,11 @@ def test_logits_are_kept_at_the_labels_alone(base, batch):
     assert difference >= 4 * predicted * len(batch["labels"]) * model.config.text_config.vocab_size > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_gradient_checkpointing(base, conversations, tmp_path, method, reentrant):
-    flags = PVM if method in BRANCHED else ()
-    flags = (*flags, "--method", method, "--max_steps", "2")
-    checkpointing = (
-        *("--gradient_checkpointing", "true"),
-        *("--gradient_checkpointing_kwargs", json.dumps({"use_reentrant": reentrant})),
-    )
+@pytest.mark.parametrize("method", ["pvm", "pvm+lora", "full"])
+def test_gradient_checkpointing(base, conversations, tmp_path, method):
+    flags = ("--method", method, *(PVM if "pvm" in method else ()), "--max_steps", "2", "--save_strategy", "no")
     plain = run(base, conversations, tmp_path / "plain", *flags)
-    thrifty = run(base, conversations, tmp_path / "thrifty", *flags, *checkpointing)
+    thrifty = run(base, conversations, tmp_path / "thrifty", *flags, "--gradient_checkpointing", "true")
     assert losses(thrifty) == pytest.approx(losses(plain), abs=1e-5)
 
 
@@ -152,10 +146,10 @@ def test_the_log_holds_the_gradient_of_each_branch(base, conversations, tmp_path
         assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(min(entry["grad_norm"], 1.0), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora", "mlp"])
+@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora"])
 def test_the_hash_of_what_is_frozen(base, method, tmp_path):
     model = load_model(model_arguments(base, method))
-    trainer = PVMTrainer(method=method, model=model, args=PVMTrainingArguments(str(tmp_path), use_cpu=True))
+    trainer = PVMTrainer(model, PVMTrainingArguments(str(tmp_path), use_cpu=True), settings={"method": method})
     before = trainer.frozen_hash()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -166,27 +160,28 @@ def test_the_hash_of_what_is_frozen(base, method, tmp_path):
     assert trainer.frozen_hash() != before
 
 
-def test_a_change_of_what_is_frozen_stops_the_run(base, conversations, tmp_path, monkeypatch):
+def test_a_change_of_what_is_frozen_is_loud_and_loses_nothing(base, conversations, tmp_path, monkeypatch):
     hashes = iter(["one", "another"])
     monkeypatch.setattr(PVMTrainer, "frozen_hash", lambda self: next(hashes))
-    with pytest.raises(RuntimeError, match="frozen changed"):
+    monkeypatch.setattr(PVMTrainer, "push_to_hub", lambda self: pytest.fail("pushed"))
+    with pytest.raises(SystemExit, match="error: FROZEN WEIGHTS CHANGED.* is saved in"):
         run(base, conversations, tmp_path / "run", *PVM)
-    assert not (tmp_path / "run" / ADAPTER_WEIGHTS_NAME).exists()
+    assert load_checkpoint(str(tmp_path / "run")).description.step == 4
 
 
 def test_liger_is_refused(base, tmp_path):
-    with pytest.raises(UserError, match="no kernel|none for a model with branches"):
+    with pytest.raises(UserError, match="no kernels for a model with branches"):
         PVMTrainingArguments(str(tmp_path), use_cpu=True, use_liger_kernel=True)
 
 
-# The controls
+# Blocks other than the paper's
 
 
-def test_the_mlp_control_has_as_many_parameters(base):
-    counts = [count_parameters(load_model(model_arguments(base, method))) for method in ("pvm", "mlp")]
-    trained = [{count.part: count.trainable for count in method}["branches"] for method in counts]
+def test_parallel_mlp_has_as_many_parameters(base):
+    models = [load_model(model_arguments(base, "pvm", pvm_block=block)) for block in ("pvm", "parallel_mlp")]
+    counts = [{count.part: count.trainable for count in count_parameters(model)}["branches"] for model in models]
     neuron = 3 * 32
-    assert 0 <= trained[0] - trained[1] < 3 * neuron
+    assert 0 <= counts[0] - counts[1] < 3 * neuron
 
 
 @pytest.mark.parametrize(
@@ -194,59 +189,57 @@ def test_the_mlp_control_has_as_many_parameters(base):
     [(2048, 28, 6144, 16), (2560, 36, 9728, 32), (4096, 36, 12288, 32), (5120, 64, 25600, 64)],
     ids=["2B", "4B", "8B", "32B"],
 )
-def test_the_mlp_control_at_real_shapes(hidden_size, layers, intermediate_size, heads):
+def test_parallel_mlp_at_real_shapes(hidden_size, layers, intermediate_size, heads):
     shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
     shape |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
-    fields = tiny.stock_config(shape)
     counts = []
-    for config_class, model_class in (
-        (Qwen3VLPVMConfig, Qwen3VLPVMForConditionalGeneration),
-        (ParallelMLPConfig, ParallelMLPForConditionalGeneration),
-    ):
+    for block in ("pvm", "parallel_mlp"):
+        config = Qwen3VLPVMConfig.from_stock(tiny.stock_config(shape), pvm_hidden_size=512, pvm_block=block)
         with torch.device("meta"):
-            model = model_class(config_class.from_stock(fields, pvm_hidden_size=512))
+            model = Qwen3VLPVMForConditionalGeneration(config)
         counts.append(sum(p.numel() for block in pvm_blocks(model).values() for p in block.parameters()))
     assert 0 <= counts[0] - counts[1] < counts[0] / 1000
 
 
-def test_a_token_wise_gate_starts_as_the_stock_model_and_acts_on_each_token(base, batch):
-    model = load_model(model_arguments(base, "token_gate")).eval()
+def branch_calls(model, batch) -> list[tuple]:
+    """Each branch with its inputs and its output in one forward pass."""
+    calls = []
+    for block in pvm_blocks(model).values():
+        block.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs, output)))
+    with torch.no_grad():
+        model(**{**batch, "labels": None}, use_cache=False)
+    return calls
+
+
+def test_a_token_gate_starts_as_the_stock_model_and_acts_on_each_token(base, batch):
+    model = load_model(model_arguments(base, "pvm", pvm_block="token_gate")).eval()
     stock = Qwen3VLForConditionalGeneration.from_pretrained(base).eval()
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
-        open_gates(model)
-        for block in pvm_blocks(model).values():
-            seen = []
-            block.register_forward_hook(lambda module, given, result, seen=seen: seen.append((given, result)))
-            model(**inputs)
-            (states, visual, routing, _), injected = seen[0]
-            scalar = Qwen3VLPVMBlock.forward(block, states, visual, routing)
+        for block, (states, visual, metadata, _), branch in branch_calls(open_gates(model), batch):
             gates = 2 * block.token_gate(block.input_norm(block.text_reducer(states))).sigmoid()
-            torch.testing.assert_close(injected, scalar * gates)
+            block.gate = lambda query_states, block=block: block.gate_alpha
+            torch.testing.assert_close(branch, block.forward(states, visual, metadata) * gates)
             assert gates.std() > 0
 
 
-def test_the_mlp_control_reads_no_image_where_pvm_does(base, batch):
-    image = batch["mm_token_type_ids"] > 0
-    for method, reads in (("pvm", True), ("mlp", False)):
-        model = open_gates(load_model(model_arguments(base, method))).eval()
-        seen = []
-        for block in pvm_blocks(model).values():
-            block.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs))
+@pytest.mark.parametrize(("block", "reads"), [("pvm", True), ("parallel_mlp", False)])
+def test_parallel_mlp_does_not_see_the_image_where_pvm_does(base, batch, block, reads):
+    model = open_gates(load_model(model_arguments(base, "pvm", pvm_block=block))).eval()
+    calls = branch_calls(model, batch)
+    assert len(calls) == 3
+    for module, (states, visual, metadata, _), branch in calls:
         with torch.no_grad():
-            model(**{**batch, "labels": None})
-            for block, (states, visual, routing, _) in zip(pvm_blocks(model).values(), list(seen)):
-                injected = block(states, visual, routing)
-                blind = block(states, torch.randn_like(visual), routing)
-                assert injected.abs().max() > 0
-                assert torch.equal(injected, blind) != reads
-                # As in PVM, a row without an image gets nothing.
-                assert image[1].sum() == 0 and (injected[1] == 0).all()
+            blind = module.forward(states, torch.randn_like(visual), metadata)
+        assert branch.abs().max() > 0
+        assert torch.equal(branch, blind) != reads
+        # As in PVM, a row without an image gets nothing.
+        assert batch["mm_token_type_ids"][1].sum() == 0 and (branch[1] == 0).all()
 
 
-def test_the_mlp_control_decodes_on_a_cache_as_without(base, batch):
-    model = open_gates(load_model(model_arguments(base, "mlp"))).eval()
+def test_parallel_mlp_decodes_on_a_cache_as_without(base, batch):
+    model = open_gates(load_model(model_arguments(base, "pvm", pvm_block="parallel_mlp"))).eval()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     modes = [{"use_cache": True}, {"use_cache": False}]
     ours = [model.generate(**inputs, do_sample=False, max_new_tokens=6, **mode).tolist() for mode in modes]
@@ -255,19 +248,27 @@ def test_the_mlp_control_decodes_on_a_cache_as_without(base, batch):
     assert ours[0] != model.generate(**inputs, do_sample=False, max_new_tokens=6).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["mlp", "pvm+lora"])
-def test_what_was_trained_is_what_is_evaluated(base, conversations, batch, tmp_path, monkeypatch, method, dtype):
+# From training to evaluation
+
+
+@pytest.mark.parametrize(
+    ("method", "block", "dtype"),
+    [("pvm", "parallel_mlp", "float32"), ("pvm+lora", "pvm", "float32"), ("pvm+lora", "pvm", "bfloat16")],
+)
+def test_what_was_trained_is_what_is_evaluated(
+    base, conversations, batch, tmp_path, monkeypatch, method, block, dtype
+):
     trained = []
     train = PVMTrainer.train
     monkeypatch.setattr(
         PVMTrainer, "train", lambda self, **kwargs: (train(self, **kwargs), trained.append(self.model))
     )
-    output_dir = run(base, conversations, tmp_path / "run", *PVM, "--method", method, "--dtype", dtype)
+    flags = ("--method", method, "--pvm_block", block, "--dtype", dtype)
+    output_dir = run(base, conversations, tmp_path / "run", *PVM, *flags)
     checkpoint = load_checkpoint(str(output_dir))
     description = checkpoint.description
     assert description.method == method and description.step == 4 and description.gates_on
-    assert description.kind == checkpoint_kind(str(output_dir)) == ("mlp" if method == "mlp" else "pvm")
+    assert (description.kind, description.block) == ("pvm", block)
     assert isinstance(trained[0], PeftModel) == (method == "pvm+lora")
     with torch.no_grad():
         expected = trained[0].eval()(**{**batch, "labels": None}).logits
@@ -276,36 +277,16 @@ def test_what_was_trained_is_what_is_evaluated(base, conversations, batch, tmp_p
     torch.testing.assert_close(actual.float(), expected.float(), atol=1e-4 if dtype == "float32" else 0.1, rtol=0)
 
 
-def test_pvm_and_lora_learn_together(base, conversations, tmp_path):
-    """Adapters and every branch parameter move; the first step opens the gates and B, so it takes a few."""
-    flags = (*PVM, "--method", "pvm+lora", "--lora_rank", "4")
-    runs = [run(base, conversations, tmp_path / steps, *flags, "--max_steps", steps) for steps in ("2", "4")]
-    for file, count in ((LORA_FOLDER + "/adapter_model.safetensors", 4 * 7 * 2), (ADAPTER_WEIGHTS_NAME, 3 * 15)):
-        first, last = (load_file(folder / file) for folder in runs)
-        assert len(last) == count
-        assert not [name for name in last if torch.equal(first[name], last[name])]
-
-
-@pytest.mark.parametrize("method", ["pvm+lora", "mlp"])
-def test_the_controls_resume(base, conversations, tmp_path, method):
-    flags = (*PVM, "--method", method, "--save_steps", "2")
-    whole = run(base, conversations, tmp_path / "whole", *flags)
-    again = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
-    resumed = run(base, conversations, tmp_path / "resumed", *flags, *again)
-    assert losses(resumed) == losses(whole)
-
-
-@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora", "mlp"])
+@pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora"])
 def test_a_base_in_4_bit(base, conversations, tmp_path, method):
-    flags = PVM if method in BRANCHED else ()
-    flags = (*flags, "--method", method, "--load_in_4bit", "true", "--save_steps", "2")
+    flags = ("--method", method, *(PVM if "pvm" in method else ()), "--load_in_4bit", "true", "--save_steps", "2")
     whole = run(base, conversations, tmp_path / "whole", *flags)
     assert all(0 < loss < 10 for loss in losses(whole)) and len(losses(whole)) == 4
     assert load_checkpoint(str(whole)).description.gates_on == (None if method == "lora" else True)
-    again = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
-    assert losses(run(base, conversations, tmp_path / "resumed", *flags, *again)) == losses(whole)
+    resume = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    assert losses(run(base, conversations, tmp_path / "resumed", *flags, *resume)) == losses(whole)
 
 
 def test_4_bit_contradicts_full():
-    with pytest.raises(UserError, match="--load_in_4bit is for what stays frozen"):
+    with pytest.raises(UserError, match="--load_in_4bit is for frozen weights"):
         load_model(ModelArguments("base", method="full", load_in_4bit=True))
