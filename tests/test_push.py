@@ -32,7 +32,8 @@ LORA = {"lora/adapter_config.json", "lora/adapter_model.safetensors"}
 MACHINE = """
 import json, os, sys
 import train
-from pvm.checkpoints.inspect import main
+assert not {"matplotlib", "pvm.evaluation"} & sys.modules.keys(), "training needs neither"
+import pvm.checkpoints.inspect
 for job in sys.stdin:
     code, log = json.loads(job)
     pid = os.fork()
