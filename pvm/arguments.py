@@ -1,4 +1,4 @@
-"""Command lines from dataclasses, with values from a YAML recipe, from flags, or from both."""
+"""Command lines from dataclasses, with values from flags, a YAML recipe, or both."""
 
 import difflib
 import json
@@ -19,20 +19,19 @@ from pvm.errors import REFUSALS, UserError
 
 def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:
     """
-    Parse a command line into dataclasses. `--config FILE` names a YAML recipe whose keys are the fields; flags on the
-    command line win over it.
+    Parse a command line into dataclasses. `--config FILE` names a YAML recipe with fields as keys; flags override it.
 
     Args:
-        dataclasses (`Sequence[type]`): one group of fields each.
-        description (`str`): what `--help` says first.
+        dataclasses (`Sequence[type]`): each a group of fields.
+        description (`str`): the start of `--help`.
         arguments (`Sequence[str]`, *optional*): the command line, `sys.argv[1:]` by default.
 
     Returns:
         `tuple`: one instance of each dataclass.
 
     Raises:
-        SystemExit: with a sentence on stderr, for a recipe that cannot be read, unknown keys and flags, and values of
-            a wrong type.
+        SystemExit: with a sentence on stderr, for a recipe that cannot be read, an unknown key or flag, or a value of
+            the wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = HfArgumentParser(
@@ -43,13 +42,13 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
         allow_abbrev=False,
     )
     parser.register("type", float, _number)
-    parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these fields; flags win over it.")
+    parser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these fields; flags override it.")
 
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", action="append", default=[])
     config, flags = config_parser.parse_known_args(arguments)
     if len(config.config) > 1:
-        parser.error("--config is there twice, and only one recipe can be meant")
+        parser.error("--config is given twice; give one recipe")
     for recipe in config.config:
         flags = _recipe_as_flags(parser, Path(recipe)) + flags
     try:
@@ -58,7 +57,7 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
         )
     except json.JSONDecodeError as error:
         parser.error(f"{error.doc} is not valid JSON: {error}")
-    except REFUSALS as error:  # flags that contradict one another, or ask for what is not installed
+    except REFUSALS as error:  # flags that contradict each other, or need a package that is not installed
         parser.error(" ".join(str(error).split()))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_did_you_mean(parser, unknown[0])}")
@@ -67,8 +66,15 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
 
 def refuse_flags(arguments: Any, used: Sequence[str], reason: str) -> None:
     """
+    Refuse flags that would have no effect.
+
+    Args:
+        arguments: a dataclass of flags.
+        used (`Sequence[str]`): the flags that are allowed.
+        reason (`str`): why the others are not, as the rest of a sentence that starts with the flag.
+
     Raises:
-        UserError: naming the first field of a dataclass of flags that is not its default and not in `used`.
+        UserError: naming the first flag that is neither at its default nor in `used`.
     """
     defaults = type(arguments)(**{name: value for name, value in vars(arguments).items() if name in used})
     for flag in fields(arguments):
@@ -84,7 +90,7 @@ def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:
     except yaml.YAMLError as error:
         parser.error(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, yaml.MappingNode):
-        parser.error(f"--config {path} must hold `field: value` lines")
+        parser.error(f"--config {path} must contain `field: value` lines")
 
     known = {option: action for action in parser._actions for option in action.option_strings}
     flags = {}
@@ -95,25 +101,25 @@ def _recipe_as_flags(parser: HfArgumentParser, path: Path) -> list[str]:
         if action.dest in ("config", "help"):
             parser.error(f"{path}: `{key.value}` belongs on the command line")
         if action.dest in flags:
-            parser.error(f"{path}: `{key.value}` is there twice, and only one can be meant")
+            parser.error(f"{path}: `{key.value}` is given twice")
         if _is_none(value, action):
             flags[action.dest] = []
         elif isinstance(value, yaml.SequenceNode):
             flags[action.dest] = [f"--{key.value}", *(_text(item, action) for item in value.value)]
         else:
-            flags[action.dest] = [f"--{key.value}={_text(value, action)}"]  # with "=", it may start with a dash
+            flags[action.dest] = [f"--{key.value}={_text(value, action)}"]  # "=", because it may start with a dash
     return [word for words in flags.values() for word in words]
 
 
 def _text(value: yaml.Node, action: Action) -> str:
-    """A value as it stands in the file: to YAML `no` is a truth value, and in `save_strategy: no` it is a word."""
+    """A value as written in the file: YAML reads `no` as false, but in `save_strategy: no` it is a word."""
     if not isinstance(value, yaml.ScalarNode):
         return json.dumps(_nested(value))
     return str(yaml.safe_load(value.value)) if action.type is string_to_bool else value.value
 
 
 def _nested(value: yaml.Node) -> Any:
-    """What a flag takes as JSON; its numbers are JSON's, too, because 1e-4 is none to YAML."""
+    """The value of a flag that takes JSON. Numbers are parsed as JSON, because YAML reads 1e-4 as text."""
     if isinstance(value, yaml.MappingNode):
         return {key.value: _nested(item) for key, item in value.value}
     if isinstance(value, yaml.SequenceNode):
@@ -125,7 +131,7 @@ def _nested(value: yaml.Node) -> Any:
 
 
 def _is_none(value: yaml.Node, action: Action) -> bool:
-    """Whether it says that there is nothing: `null`, and `report_to: off`, where any one text could stand."""
+    """Whether the value means "none": `null`, or false (as in `report_to: off`) for a field that takes any text."""
     if value.tag == "tag:yaml.org,2002:bool" and action.type is str and action.choices is None and action.nargs != "+":
         return not yaml.safe_load(value.value)
     return value.tag == "tag:yaml.org,2002:null"
@@ -133,7 +139,7 @@ def _is_none(value: yaml.Node, action: Action) -> bool:
 
 def _number(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):  # nan compares as false with everything, so that no check would find it
+    if not math.isfinite(number):  # nan would pass every check, because all comparisons with it are false
         raise ValueError(text)
     return number
 

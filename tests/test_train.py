@@ -358,10 +358,10 @@ def test_flags_are_not_abbreviated(capsys):
     assert "unknown argument --conf" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("--model_name_or_path", "a", "--dataset_name", "b", "--config", "a.yaml", "--config", "b.yaml")
-    assert "--config is there twice" in capsys.readouterr().err
+    assert "--config is given twice" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("--model_name_or_path", "a", "--dataset_name", "b", "--config=a.yaml", "--config", "b.yaml")
-    assert "--config is there twice" in capsys.readouterr().err
+    assert "--config is given twice" in capsys.readouterr().err
 
 
 def test_last_needs_a_checkpoint(base, conversations, tmp_path):
@@ -424,19 +424,19 @@ def test_flags_win_over_the_recipe(tmp_path):
     ("recipe", "message"),
     [
         ("learnin_rate: 1", r"unknown key `learnin_rate` \(did you mean --learning_rate\?\)"),
-        ("- a", "must hold `field: value` lines"),
+        ("- a", "must contain `field: value` lines"),
         ("a: [", "not valid YAML"),
         ("learning_rate: fast", "learning-rate: invalid float value: 'fast'"),
         ("method: prompt", "invalid choice: 'prompt'"),
         ("pvm_block: prompt", "invalid choice: 'prompt'"),
         ("train_on: off", "invalid choice: 'off'"),
-        ("seed: 1\nseed: 2", "`seed` is there twice"),
-        ("max_steps: 1\nmax-steps: 2", "`max-steps` is there twice"),
+        ("seed: 1\nseed: 2", "`seed` is given twice"),
+        ("max_steps: 1\nmax-steps: 2", "`max-steps` is given twice"),
         ("seed:\n\t1", r"not valid YAML: .*'\\t' that cannot start any token .*line 2"),
         ("seed: {a: 1}", r"invalid int value: '{\"a\": 1}'"),
         ("config: other.yaml", "`config` belongs on the command line"),
         ("\x00", "not valid YAML"),
-        ("", "must hold `field: value` lines"),
+        ("", "must contain `field: value` lines"),
     ],
 )
 def test_bad_recipes_are_refused(tmp_path, capsys, recipe, message):
