@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 import tiny
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm import __main__ as commands
 from pvm.checkpoints import convert
@@ -168,6 +169,9 @@ def test_what_is_refused(adapter, base, tmp_path):
         convert.main([str(adapter), str(tmp_path / "full"), "--to", "whole"])
     with pytest.raises(UserError, match="is of the kind stock"):
         convert.main([str(base), str(tmp_path / "new"), "--to", "whole"])
+    tiny.build(pvm_block="token_gate").save_pretrained(tmp_path / "variant")
+    with pytest.raises(UserError, match="branches of the kind token_gate"):
+        convert.main([str(tmp_path / "variant"), str(tmp_path / "new"), "--to", "reference"])
     assert not (tmp_path / "new").exists()
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import tiny
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints import convert
 from pvm.checkpoints.inspect import inspect, main, show
@@ -91,11 +91,13 @@ def test_other_kinds(base, tmp_path):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_kind_of_branch(tmp_path, block):
-    tiny.build(pvm_block=block).save_pretrained(tmp_path)
-    found = inspect(str(tmp_path))
+    tiny.build(pvm_block=block).save_pretrained(tmp_path / "model")
+    found = inspect(str(tmp_path / "model"))
     assert found.kind == "PVM, whole checkpoint" and not found.problems
     name, _, summary = found.block.partition(": ")
     assert name == block and summary.endswith(".") and summary in " ".join(BLOCKS[block].__doc__.split())
+    convert.main([str(tmp_path / "model"), str(tmp_path / "again"), "--to", "whole"])
+    assert inspect(str(tmp_path / "again")).branches == found.branches
 
 
 GATE = "model.language_model.layers.2.pvm_block.gate_alpha"

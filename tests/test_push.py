@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load, load_file, save_file
 
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from hub_server import HubServer, serve
 from pvm.checkpoints.inspect import inspect
 from pvm.checkpoints.loading import load_checkpoint

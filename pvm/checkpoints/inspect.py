@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME, cached_file
 
-from adapter_qwen3vl_pvm import MAX_GATE
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, MAX_GATE
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints.names import branch_block, checkpoint_kind, describe_block
 from pvm.checkpoints.record import RECORD

@@ -1,6 +1,5 @@
 """What a checkpoint is, from its name and its config files; no weights are read."""
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,9 @@ def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
     try:
         stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, HFValidationError) as error:
+        where = "" if Path(name).is_dir() else " is not a folder, and"
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} is not a folder, and could not be loaded from the Hub: {reason}") from error
+        raise UserError(f"{name}{where} could not be loaded: {reason}") from error
     if not stored:
         raise UserError(
             f"{name} has no config.json, so it is not a checkpoint. Pass a folder written by train.py or "
@@ -91,8 +91,8 @@ def branch_block(path: str, revision: str = "main") -> str | None:
 
 def describe_block(block: str) -> str:
     """A kind of branch in a sentence: its name and the first sentence of its class's docstring."""
-    first_sentence = re.split(r"(?<=[.])\s", inspect.getdoc(BLOCKS[block]), maxsplit=1)[0]
-    return f"{block}: {first_sentence}"
+    docstring = " ".join((BLOCKS[block].__doc__ or f"{BLOCKS[block].__name__}.").split())
+    return f"{block}: {docstring.partition('. ')[0].removesuffix('.')}."
 
 
 def base_of(path: str, revision: str = "main") -> tuple[str, str] | None:
