@@ -1,4 +1,4 @@
-"""eval.py --tasks: real runs of lmms-eval on a tiny task that lies in a folder; nothing is downloaded."""
+"""eval.py --tasks: real runs of lmms-eval on a tiny local task; nothing is downloaded."""
 
 import json
 import sys
@@ -18,8 +18,8 @@ import eval as eval_script
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.errors import UserError
-from pvm.lmms.report import compare, t_interval
-from pvm.lmms.run import PAPER, task_names
+from pvm.lmms.report import compare, resample, t_interval
+from pvm.lmms.run import PAPER, BenchmarkArguments, task_names
 from pvm.training.methods import LORA_TARGETS
 
 
@@ -27,7 +27,6 @@ lmms_eval = pytest.importorskip("lmms_eval")
 
 from lmms_eval.models.chat.qwen3_vl import Qwen3_VL  # noqa: E402
 from lmms_eval.models.registry_v2 import ModelRegistryV2  # noqa: E402
-from lmms_eval.tasks import TaskManager  # noqa: E402
 
 from pvm.lmms.model import Qwen3VLPVM  # noqa: E402
 
@@ -62,7 +61,7 @@ metric_list:
 metadata:
   version: 1.0
 """
-# Scores that an untrained model does not always miss: whether an answer's length is even.
+# A score that is not always 0 for an untrained model: whether the length of an answer is even.
 SCORING = """
 from lmms_eval.tasks._task_utils.file_utils import generate_submission_file
 
@@ -110,7 +109,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pvm_folder(base, tmp_path_factory) -> Path:
-    """A whole PVM checkpoint over the same backbone, gates far from 0."""
+    """A whole PVM checkpoint of the same backbone with large gates."""
     return save_pvm(base, tmp_path_factory.mktemp("pvm"), gate=2.0)
 
 
@@ -162,7 +161,7 @@ def sampled(base, pvm_folder, tasks, tmp_path_factory) -> tuple[dict, Path]:
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_are_evaluated_as_what_they_are(base, pvm_folder, tmp_path):
+def test_classes(base, pvm_folder, tmp_path):
     lora = get_peft_model(
         Qwen3VLForConditionalGeneration.from_pretrained(base),
         LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False),
@@ -174,12 +173,12 @@ def test_checkpoints_are_evaluated_as_what_they_are(base, pvm_folder, tmp_path):
 
 
 def test_lmms_evals_own_class_would_drop_the_branches(pvm_folder):
-    """Why there is a class of ours. When this fails, lmms-eval has learnt to load them or to refuse."""
+    """The reason for our own class. If this fails, lmms-eval has learnt to load branches or to refuse them."""
     model = Qwen3_VL(str(pvm_folder), device="cpu", device_map="cpu").model
     assert type(model) is Qwen3VLForConditionalGeneration and not pvm_blocks(model)
 
 
-def test_a_checkpoint_that_hides_its_branches_is_refused(pvm_folder, tmp_path):
+def test_branches_under_a_stock_config_are_refused(pvm_folder, tmp_path):
     for file in pvm_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -202,7 +201,7 @@ def test_the_entry_point_names_a_class_that_lmms_eval_accepts():
 
 
 def test_greedy_answers_are_the_models_own(greedy, pvm_folder, tasks):
-    """Token for token what the checkpoint says to the same chat, outside lmms-eval."""
+    """The same tokens as for the same chat outside lmms-eval."""
     checkpoint = load_checkpoint(str(pvm_folder))
     expected = []
     for row in Dataset.from_parquet(str(tasks / "boards.parquet")):
@@ -247,7 +246,7 @@ def test_report(sampled):
     report, folder = sampled
     assert report["seeds"] == [3, 4] and report["generation"].startswith("temperature=0.7,do_sample=True,top_p=0.8")
     metrics = report["tasks"]["boards"]["metrics"]
-    assert set(metrics) == {"even,none", "by_cell,none"}, "what is no number is left to lmms-eval"
+    assert set(metrics) == {"even,none", "by_cell,none"}, "metrics that are not numbers are left to lmms-eval"
     for name in ("base", "PVM"):
         shares = [np.mean([len(answer) % 2 == 0 for answer in answers(folder, name, seed)]) for seed in (3, 4)]
         even, by_cell = (metrics[metric]["models"][name] for metric in ("even,none", "by_cell,none"))
@@ -264,7 +263,7 @@ def test_report(sampled):
 
 def test_intervals_by_hand(tasks):
     class Task:
-        """Of lmms-eval's, what is asked here."""
+        """The part of lmms-eval's class that is used here."""
 
         def aggregation(self):
             return {"right": np.mean, "odd": lambda values: 0.5}
@@ -278,7 +277,9 @@ def test_intervals_by_hand(tasks):
     assert result["n"] == 4 and result["differences"]["b"]["difference"] == 0.5
     assert result["differences"]["b"]["interval"] == [0.0, 1.0]
     assert result["models"]["b"]["interval"] == [1.0, 1.0] and result["models"]["a"]["t_interval"] == [0.5, 0.5]
-    assert compare(Task(), "odd,none", runs)["models"]["a"]["interval"] is None, "not the number of these questions"
+    assert compare(Task(), "odd,none", runs)["models"]["a"]["interval"] is None, "not computed from these questions"
+    means = resample({"a": [[0.0, 1, 1, 0, 1, 1, 0, 1]]}, np.mean)["a"][0]
+    assert np.quantile(means, [0.025, 0.975]).tolist() == [0.25, 0.875], "seeded"
     assert t_interval([1.0]) is None
     assert t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])
 
@@ -294,7 +295,7 @@ def test_finished_runs_are_kept(sampled, base, pvm_folder, tasks):
     lost = folder / "lmms_runs" / "PVM" / "boards" / "seed_4.json"
     assert len(files) == 4
     lost.unlink()
-    assert run(models, tasks, folder, *flags) == report, "what was lost comes back the same"
+    assert run(models, tasks, folder, *flags) == report, "a repeated run is the same"
     assert [file for file, time in files.items() if file.stat().st_mtime_ns != time] == [lost]
 
     with pytest.raises(UserError, match=r"temperature 0\.7, and not 0\.5.*--overwrite"):
@@ -316,17 +317,16 @@ def test_finished_runs_are_kept(sampled, base, pvm_folder, tasks):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "mmstarr"], r"no such task. Did you mean mmstar"),
         (["--tasks", "paper"], r"mmbench_cn_dev_lite, mmbench_en_dev_lite, mathverse.*Set OPENAI_API_KEY"),
         (["--tasks", "mmstar", "--runs", "3"], r"--runs 3 gives the same answers"),
         (["--tasks", "mmstar", "--top_p", "0.9"], r"--top_p does nothing at --temperature 0"),
         (["--tasks", "mmstar", "--temperature", "-1"], r"--temperature -1"),
-        (["--tasks", "mmstar", "--task_path", "nowhere"], r"--task_path nowhere: it is no folder"),
+        (["--tasks", "mmstar", "--task_path", "nowhere"], r"--task_path nowhere: this is not a folder"),
         (["--tasks", "mmstar", "--match", "choice"], r"--match is about a data set, and does nothing with --tasks"),
         (["--tasks", "mmstar", "--dataset_name", "x"], r"--dataset_name is about a data set"),
         (["--dataset_name", "x", "--temperature", "0.7"], r"--temperature does nothing without --tasks"),
-        ([], r"give --dataset_name, or --tasks"),
-        (["--tasks", "mmstar", "--model", "nowhere/nothing"], r"nowhere/nothing is no folder"),
+        ([], r"give --dataset_name or --tasks"),
+        (["--tasks", "mmstar", "--model", "nowhere/nothing"], r"nowhere/nothing is not a folder"),
     ],
 )
 def test_refusals(base, tmp_path, monkeypatch, flags, message):
@@ -336,18 +336,26 @@ def test_refusals(base, tmp_path, monkeypatch, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """lmms-eval waits between its attempts."""
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("no_waiting")
 def test_a_task_that_cannot_score_is_refused_before_a_model_is_loaded(base, tasks, tmp_path):
-    """As MathVision cannot beside another latex2sympy2 than the one in requirements-lmms.txt."""
+    """Like MathVision with another latex2sympy2 than that of requirements-lmms.txt."""
     (tmp_path / "boards.yaml").write_text((tasks / "boards.yaml").read_text())
     (tmp_path / "boards.py").write_text(SCORING.replace("len(results[0])", "length(results[0])"))
     with pytest.raises(UserError, match=r"cannot score answers here \(NameError: name 'length' is not defined\)"):
         run({"nothing": base}, tmp_path, tmp_path / "out")
 
 
-def test_data_that_is_not_there(base, tasks, tmp_path):
+@pytest.mark.usefixtures("no_waiting")
+def test_missing_data(base, tasks, tmp_path):
     (tmp_path / "boards.yaml").write_text((tasks / "boards.yaml").read_text().replace("boards.parquet", "no.parquet"))
     (tmp_path / "boards.py").write_text(SCORING)
-    with pytest.raises(UserError, match=r"--tasks boards: its data cannot be had: .*no\.parquet"):
+    with pytest.raises(UserError, match=r"--tasks boards: its data could not be loaded: .*no\.parquet"):
         run({"nothing": base}, tmp_path, tmp_path / "out")
 
 
@@ -358,7 +366,11 @@ def test_without_the_extra(base, tmp_path, monkeypatch, package):
         eval_script.main(["--model", str(base), "--output_dir", str(tmp_path), "--tasks", "mmstar"])
 
 
-def test_the_papers_tasks_are_lmms_evals():
-    flags = eval_script.BenchmarkArguments(tasks=["paper", "mmstar,ai2d"])
+def test_unknown_tasks_are_refused_and_the_papers_are_known(base, tmp_path, monkeypatch):
+    flags = BenchmarkArguments(tasks=["paper", "mmstar,ai2d"])
     assert task_names(flags) == [*PAPER.values(), "ai2d"] and len(PAPER) == 8
-    assert set(PAPER.values()) <= set(TaskManager("WARNING").all_subtasks)
+    monkeypatch.setenv("OPENAI_API_KEY", "for the judge")
+    with pytest.raises(UserError, match="--tasks mmstarr: .* no such task. Did you mean mmstar"):
+        flags = ["--tasks", "paper,mmstarr", "--output_dir", str(tmp_path / "out")]  # the first unknown one is named
+        eval_script.main(["--model", str(base), *flags])
+    assert not (tmp_path / "out").exists()
