@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         torch.manual_seed(1)
         model = Qwen3VLPVMForConditionalGeneration.from_pretrained(folder / "base", config=config, dtype="bfloat16")
         tiny.set_gates(model, 0.5)
-        model.config.base_model_name_or_path = "org/base"  # where it lies is said when it is loaded
+        model.config.base_model_name_or_path = "org/base"  # its place is passed when it is loaded
         return model
 
     save_run(with_branches(), "pvm", folder / "adapter")
