@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(
                 "train.py: error: FROZEN WEIGHTS CHANGED DURING TRAINING. This is a bug, please report it. What was "
                 f"trained is saved in {output_dir}, but the base it will be loaded with is not the one it was trained "
-                "in: evaluate it before you trust it. It was not pushed."
+                "in: evaluate it before you trust it. The final push was left out."
             )
         if training_args.push_to_hub:
             trainer.push_to_hub()
