@@ -339,7 +339,7 @@ def test_report_says_what_was_evaluated(output_dir):
     assert stock["model_class"] == "Qwen3VLForConditionalGeneration" and stock["gates_on"] is None
     assert pvm_model["model_class"] == "Qwen3VLPVMForConditionalGeneration" and pvm_model["gates_on"] is True
     text = (output_dir / "report.md").read_text()
-    assert "branches on (gates: layer 1 +0.2500, layer 2 +0.2500), trained with pvm for 7 steps" in text
+    assert "pvm branches on (gates: layer 1 +0.2500, layer 2 +0.2500), trained with pvm for 7 steps" in text
     for heading in ("## By distance", "## By depth", "PVM − base"):  # noqa: RUF001
         assert heading in text
 

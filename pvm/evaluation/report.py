@@ -58,7 +58,7 @@ def checkpoint_lines(report: dict[str, Any]) -> list[str]:
         line = f"{model['label']}: {model['model_class']}, {model['parameters']:,} parameters"
         if model["gates_on"] is not None:
             gates = ", ".join(f"layer {layer} {value:+.4f}" for layer, value in model["gates"].items())
-            line += f", branches {'on' if model['gates_on'] else 'off'} (gates: {gates})"
+            line += f", {model['block']} branches {'on' if model['gates_on'] else 'off'} (gates: {gates})"
         if model["method"] or model["step"]:
             line += f", trained with {model['method']}" if model["method"] else ", trained"
             line += f" for {model['step']:,} steps" if model["step"] is not None else ""
