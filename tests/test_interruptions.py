@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.errors import UserError
 from pvm.training import trainer
 from pvm.training.saving import STAGING

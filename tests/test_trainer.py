@@ -1,13 +1,16 @@
 """What a training step computes, keeps, logs and leaves alone."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 import tiny
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from benchmarks.training import saved_bytes
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
@@ -16,6 +19,7 @@ from pvm.checkpoints.record import count_parameters
 from pvm.data.encoding import ConversationCollator, ConversationDataset
 from pvm.data.sources import load_conversations
 from pvm.errors import UserError
+from pvm.training import trainer
 from pvm.training.methods import METHODS, ModelArguments, load_model
 from pvm.training.trainer import PVMTrainer, PVMTrainingArguments, loss_of_predictions, predictions
 from training import PVM, losses, run
@@ -149,24 +153,32 @@ def test_the_log_holds_the_gradient_of_each_branch(base, conversations, tmp_path
 @pytest.mark.parametrize("method", ["pvm", "lora", "pvm+lora"])
 def test_the_hash_of_what_is_frozen(base, method, tmp_path):
     model = load_model(model_arguments(base, method))
-    trainer = PVMTrainer(model, PVMTrainingArguments(str(tmp_path), use_cpu=True), settings={"method": method})
-    before = trainer.frozen_hash()
+    own = PVMTrainer(model, PVMTrainingArguments(str(tmp_path), use_cpu=True), settings={"method": method})
+    before = own.frozen_hash()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-        assert trainer.frozen_hash() == before
+        assert own.frozen_hash() == before
         next(p for name, p in model.named_parameters() if "visual.pos_embed" in name)[0, 0] += 1e-3
-    assert trainer.frozen_hash() != before
+    assert own.frozen_hash() != before
 
 
-def test_a_change_of_what_is_frozen_is_loud_and_loses_nothing(base, conversations, tmp_path, monkeypatch):
-    hashes = iter(["one", "another"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_frozen_weights_that_changed_end_the_run_loudly_and_lose_nothing(
+    base, conversations, tmp_path, monkeypatch, changed
+):
+    """What was trained is saved in any case, and pushed if all is well."""
+    hashes, pushed = iter(["one", "another" if changed else "one"]), []
     monkeypatch.setattr(PVMTrainer, "frozen_hash", lambda self: next(hashes))
-    monkeypatch.setattr(PVMTrainer, "push_to_hub", lambda self: pytest.fail("pushed"))
-    with pytest.raises(SystemExit, match="error: FROZEN WEIGHTS CHANGED.* is saved in"):
-        run(base, conversations, tmp_path / "run", *PVM)
-    assert load_checkpoint(str(tmp_path / "run")).description.step == 4
+    monkeypatch.setattr(PVMTrainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(trainer, "push", lambda folder, *args: pushed.append(folder))
+    flags = ("--base_model_id", "org/base", "--push_to_hub", "true", "--hub_strategy", "end")
+    message = "error: FROZEN WEIGHTS CHANGED.* is saved in"
+    with pytest.raises(SystemExit, match=message) if changed else nullcontext():
+        run(base, conversations, tmp_path / "run", *PVM, *flags)
+    assert len(load_file(tmp_path / "run" / ADAPTER_WEIGHTS_NAME)) == 3 * 15
+    assert pushed == ([] if changed else [tmp_path / "run"])
 
 
 def test_liger_is_refused(base, tmp_path):

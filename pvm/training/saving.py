@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 
 
 LORA_FOLDER = "lora"
