@@ -411,7 +411,7 @@ def test_refusals(flags, more, sentence, tmp_path):
 def test_two_models_of_one_name_need_names(base, data, tmp_path):
     other = copy_of(base, tmp_path / base.name)
     flags = ["--dataset_name", str(data), "--output_dir", str(tmp_path / "report")]
-    with pytest.raises(UserError, match="Choose other names with --names"):
+    with pytest.raises(UserError, match="Choose others with --names"):
         eval_script.main(["--model", str(base), str(other), *flags])
     with pytest.raises(UserError, match="names a checkpoint twice"):
         eval_script.main(["--model", str(base), str(base), "--names", "a", "b", *flags])

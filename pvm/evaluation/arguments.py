@@ -131,14 +131,12 @@ def name_models(paths: list[str], names: list[str] | None) -> list[Model]:
         UserError: if there are not as many names as models, a name cannot be a file name, names are ambiguous, or a
             path is given twice.
     """
-    given, names = (
-        names,
-        names or [Path(path).resolve().name if Path(path).is_dir() else path.rpartition("/")[2] for path in paths],
-    )
+    if names is None:
+        names = [Path(path).resolve().name if Path(path).is_dir() else path.rpartition("/")[2] for path in paths]
+        if len(set(names)) != len(names):
+            raise UserError(f"Two models would have the same name: {', '.join(names)}. Choose others with --names.")
     if len(names) != len(paths):
         raise UserError(f"--names has {len(names)} names for {len(paths)} models. Give each model one.")
-    if given is None and len(set(names)) != len(names):
-        raise UserError(f"Two models would have the same name: {', '.join(names)}. Choose other names with --names.")
     if len({Path(path).resolve() if Path(path).is_dir() else path for path in paths}) < len(names):
         raise UserError("--model names a checkpoint twice. Name each once.")
     models = []

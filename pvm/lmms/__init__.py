@@ -1,1 +1,1 @@
-"""Public benchmarks through lmms-eval: run.py runs them, report.py writes the report, model.py is the model for lmms-eval."""
+"""Public benchmarks through lmms-eval: run.py runs them, report.py reports on them, model.py is the model it sees."""
