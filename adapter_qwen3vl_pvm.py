@@ -1,7 +1,7 @@
 # Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
 """
-Saving and loading. An adapter checkpoint holds branches only, in `model.pvm.safetensors`, and its config names the base
-whose other weights it takes; a whole checkpoint holds everything. Both are refused if they are not what they say.
+Saving and loading. A whole checkpoint holds all weights. An adapter checkpoint holds the branches only, and its config
+names the base that has the others. Both are refused if they are not what they say.
 """
 
 import copy
@@ -18,26 +18,25 @@ from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpo
 
 try:
     from .block_qwen3vl_pvm import pvm_blocks
-    from .configuration_qwen3vl_pvm import ADAPTER_VARIANT, ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+    from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 except ImportError:  # in a checkout, where this file is a top-level module
     from block_qwen3vl_pvm import pvm_blocks
-    from configuration_qwen3vl_pvm import ADAPTER_VARIANT, ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+    from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 
 
 logger = logging.get_logger(__name__)
 
+ADAPTER_WEIGHTS_NAME = "model.pvm.safetensors"  # which no other class loads
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen3vl_pvm.Qwen3VLPVMConfig",
     "AutoModel": "modeling_qwen3vl_pvm.Qwen3VLPVMModel",
     "AutoModelForImageTextToText": "modeling_qwen3vl_pvm.Qwen3VLPVMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_qwen3vl_pvm.Qwen3VLPVMForConditionalGeneration",
 }
-
-# The root mean square of what a branch adds is its gate. Trained gates are below 1; larger values indicate corrupted
+DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# A gate is the root mean square of what its branch adds. Trained ones are below 1; larger values indicate corrupted
 # weights.
 MAX_GATE = 100.0
-
-DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class AdapterMixin:
@@ -45,66 +44,61 @@ class AdapterMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, adapter_only: bool = False, **kwargs):
         """
-        As the stock model, with everything that `trust_remote_code` needs: the code files and a complete `auto_map`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            adapter_only (`bool`): save the branches only, to be loaded into the base that the config names. Changes of
-                the backbone are not saved.
+        As the stock model, with the code files and a complete `auto_map` for `trust_remote_code`. With `adapter_only`,
+        the branches only, to be loaded into the base that the config names.
 
         Raises:
-            ValueError: if an adapter checkpoint has no base, or would be pushed with the path of one on this machine;
-                if the model holds a PEFT adapter, because transformers would save that alone.
+            ValueError: if an adapter checkpoint has no base, or would be pushed with a base on this machine; if the
+            model
+                holds a PEFT adapter, because transformers would save nothing else.
         """
         if self._hf_peft_config_loaded:
             raise ValueError(
-                "The model holds a PEFT adapter, and transformers would save that alone, without the branches. Merge it "
-                "first: `python -m pvm convert CHECKPOINT FOLDER --to whole`."
+                "The model holds a PEFT adapter, and transformers would save nothing else. Merge it first: `python -m "
+                "pvm convert CHECKPOINT FOLDER --to whole`."
             )
         saved = copy.copy(self)  # shares all weights, and has the config that is to be saved
         saved.config = config = copy.deepcopy(self.config)
         config.auto_map = dict(AUTO_MAP)
-        if adapter_only:
-            base = config.base_model_name_or_path
-            if base is None:
-                raise ValueError(
-                    "An adapter checkpoint needs the name of its base: set `model.config.base_model_name_or_path` (and "
-                    "`base_model_revision`) first."
-                )
-            if kwargs.get("push_to_hub") and os.path.isdir(base):
-                raise ValueError(
-                    f"The base is the folder {base}, which nobody else has. Set `model.config.base_model_name_or_path` "
-                    "to its name on the Hub, or push everything, without `adapter_only`."
-                )
-            if "quantization_config" in config:
-                if not self.hf_quantizer.pre_quantized:
-                    del config.quantization_config  # chosen at loading time, so not a property of the checkpoint
-                saved.hf_quantizer = None  # branches are never quantised
-            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-            branches = {name: weight for name, weight in state_dict.items() if ".pvm_block." in name}
-            kwargs |= {"state_dict": branches, "variant": ADAPTER_VARIANT, "save_original_format": False}
-        else:
+        if not adapter_only:
             config.base_model_name_or_path = config.base_model_revision = config.peft_adapter = None
-        super(AdapterMixin, saved).save_pretrained(save_directory, **kwargs)
+            return super(AdapterMixin, saved).save_pretrained(save_directory, **kwargs)
+
+        base = config.base_model_name_or_path
+        if base is None or (kwargs.get("push_to_hub") and os.path.isdir(base)):
+            raise ValueError(
+                "An adapter checkpoint needs the name of its base"
+                f"{'' if base is None else f' on the Hub, and {base} is a folder, which nobody else has'}: set "
+                "`model.config.base_model_name_or_path` and `base_model_revision`, or save everything, without "
+                "`adapter_only`."
+            )
+        if "quantization_config" in config:
+            if not self.hf_quantizer.pre_quantized:
+                del config.quantization_config  # chosen when the base was loaded
+            saved.hf_quantizer = None  # branches are never quantised
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        branches = {name: weight for name, weight in state_dict.items() if ".pvm_block." in name}
+        kwargs |= {"state_dict": branches, "variant": "pvm", "save_original_format": False}
+        return super(AdapterMixin, saved).save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
         Load a PVM checkpoint (whole, or an adapter with its base), a stock Qwen3-VL checkpoint (its branches are new,
-        with gates of zero), or one of the authors' implementation. To choose where new branches go, pass
-        `config=Qwen3VLPVMConfig.from_stock(...)`; for a base at another place, `base_model_name_or_path=...`. Weights
-        are read from safetensors only.
+        with gates of zero), or one of the authors' implementation. For other branches pass
+        `config=Qwen3VLPVMConfig.from_stock( ...)`, for a base at another place `base_model_name_or_path=...`. Only
+        safetensors are read.
 
         Raises:
             OSError: if the checkpoint or its base could not be loaded.
-            ValueError: if the base does not fit the adapter; if weights are missing (branches of a stock checkpoint
-                excepted); if a gate is corrupted, or all gates are zero although the branches were trained.
+            ValueError: if the base does not fit; if weights are missing (but for the branches of a stock checkpoint);
+            if a
+                gate is corrupted, or all are zero although the branches were trained.
         """
-        name = pretrained_model_name_or_path
+        name, config = pretrained_model_name_or_path, kwargs.get("config")
         download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if key in kwargs}
         kwargs |= {"output_loading_info": True, "use_safetensors": True}
-        config = kwargs.get("config")
-        if name is not None and not isinstance(config, PreTrainedConfig):
+        if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or name, **download)
         peft_adapter = config.peft_adapter
         if name is not None and (config.base_model_name_or_path or "base_model_name_or_path" in kwargs):
@@ -143,13 +137,13 @@ def _stored_names(name: str, download: dict) -> list[str]:
     return names
 
 
-def _load_adapter_weights(name, config, download) -> dict[str, torch.Tensor]:
-    """The weights of the base, mapped from its files, and of the adapter's branches."""
-    base, text_config = config.base_model_name_or_path, config.get_text_config()
-    metadata = text_config.pvm_training or {}
-    revision = config.base_model_revision
-    if metadata.get("base_model") not in (None, base) and revision == metadata.get("base_revision"):
-        revision = None  # that of the model it was trained on, and this is another repository
+def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -> dict[str, torch.Tensor]:
+    """The weights of the base, mapped from its files, and of the adapter checkpoint's branches."""
+    base, revision = config.base_model_name_or_path, config.base_model_revision
+    metadata = config.get_text_config().pvm_training or {}
+    trained_on = metadata.get("base_revision")
+    if metadata.get("base_model") not in (None, base) and revision == trained_on:
+        revision = None  # a commit of the repository that it was trained on, and this is another
     base_download = {**download, "revision": revision or "main", "subfolder": ""}
     try:
         base_config = type(config).from_pretrained(base, **base_download)
@@ -160,20 +154,17 @@ def _load_adapter_weights(name, config, download) -> dict[str, torch.Tensor]:
             f"{str(error).partition(chr(10))[0]} If it is at another place, pass `base_model_name_or_path=...`."
         ) from error
     _check_base(base_config, config, name)
-
-    trained_on, found = metadata.get("base_revision"), extract_commit_hash(files[0], None)
+    found = extract_commit_hash(files[0], None)
     if trained_on not in (None, found):
-        found = f"revision {found}" if found else "a copy of unknown revision"
         logger.warning(
-            f"{name} was trained on revision {trained_on} of {metadata.get('base_model')}, and is loaded into {found} of "
-            f"{base}. If the weights differ, so do its answers."
+            f"{name} was trained on revision {trained_on} of {metadata.get('base_model')}, and is loaded into "
+            f"revision {found or 'unknown'} of {base}. If the weights differ, so do its answers."
         )
     branches = load_file(cached_file(name, ADAPTER_WEIGHTS_NAME, **download))
-    foreign = sorted(key for key in branches if ".pvm_block." not in key)
-    if foreign:
+    if foreign := sorted(key for key in branches if ".pvm_block." not in key):
         raise ValueError(
-            f"{name}: {ADAPTER_WEIGHTS_NAME} holds weights outside of the branches, e.g. {foreign[0]}, which would "
-            "replace the base's. An adapter checkpoint must not; do not trust this one."
+            f"{ADAPTER_WEIGHTS_NAME} of {name} holds weights outside of the branches, e.g. {foreign[0]}, which would "
+            "replace the base's. Do not trust this checkpoint."
         )
     return {key: weight for file in files for key, weight in load_file(file).items()} | branches
 
@@ -187,17 +178,13 @@ def _check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> 
         for key in sorted(theirs.keys() & ours.keys() - fields_of_all_models | {"tie_word_embeddings"}):
             if not key.startswith("pvm_") and theirs.get(key) != ours.get(key):
                 different.append(f"{part}.{key} is {theirs.get(key)} and not {ours.get(key)}")
+    if ("quantization_config" in base) != ("quantization_config" in config):
+        different.append(f"its weights are {'not ' if 'quantization_config' in config else ''}stored quantised")
     if different:
         raise ValueError(
             f"{base_name} is not the base of {name}, but another model: {'; '.join(different)}. Pass the right one as "
-            "`base_model_name_or_path=...`."
-        )
-    is_stored, is_expected = "quantization_config" in base, "quantization_config" in config
-    if is_stored != is_expected:
-        raise ValueError(
-            f"The weights of {base_name} are stored {'' if is_stored else 'not '}quantised, and {name} was made for "
-            f"{'plain' if is_stored else 'quantised'} ones. Name such a base; to quantise a plain one while it is "
-            "loaded, pass `quantization_config=...`."
+            "`base_model_name_or_path=...`. (To quantise a plain one while it is loaded, pass "
+            "`quantization_config=...`.)"
         )
 
 
@@ -209,7 +196,7 @@ def _check_missing(model: torch.nn.Module, name: str, missing: set[str], stored:
             f"{f'The base {base}' if base else name} lacks {len(missing)} weights, e.g. {min(missing)}: they would be "
             "random. Get the complete checkpoint."
         )
-    # From the layers on: the backbone alone has no "model." before them.
+    # Names from the layers on: those of the backbone alone do not begin with "model.".
     expected, stored = (
         {key.partition("layers.")[2] for key in keys if ".pvm_block." in key} for keys in (model.state_dict(), stored)
     )
@@ -219,9 +206,8 @@ def _check_missing(model: torch.nn.Module, name: str, missing: set[str], stored:
     if metadata or base or stored or any(made_by.startswith("Qwen3VLPVM") for made_by in config.architectures or ()):
         said = f"says that its PVM branches were trained ({metadata})" if metadata else "holds PVM branches"
         raise ValueError(
-            f"{name} {said}, but {len(lost)} of their {len(expected)} weights are missing, e.g. {lost[0]} of the layers: "
-            "they would be random. Get the complete checkpoint; to start new branches, load the stock checkpoint that "
-            "it came from."
+            f"{name} {said}, but {len(lost)} of their {len(expected)} weights are missing, e.g. layers.{lost[0]}: "
+            "they would be random. Get the complete checkpoint, or start new branches from the stock one."
         )
     logger.warning(
         f"{name} has no PVM branches: new ones are in layers {config.get_text_config().pvm_layers}. Until they are "
@@ -232,29 +218,27 @@ def _check_missing(model: torch.nn.Module, name: str, missing: set[str], stored:
 def _check_gates(model: torch.nn.Module, name: str) -> None:
     gates = {layer_idx: block.gate_alpha for layer_idx, block in pvm_blocks(model).items()}
     # Weights that are offloaded to disk or held by another rank cannot be checked here.
-    gates = {layer: gate for layer, gate in gates.items() if gate.device.type != "meta" and gate.numel() > 0}
+    gates = {layer: gate.item() for layer, gate in gates.items() if gate.device.type != "meta" and gate.numel() > 0}
     for layer, gate in gates.items():
-        if not gate.abs() <= MAX_GATE:  # not ">": NaN must fail, too
+        if not abs(gate) <= MAX_GATE:  # not ">": NaN must fail, too
             raise ValueError(
-                f"{name}: the gate of layer {layer} is {gate.item()}; trained gates are below 1 in magnitude, and none "
-                f"may exceed {MAX_GATE:g}. The file is damaged, or the training that wrote it diverged."
+                f"{name}: the gate of layer {layer} is {gate}, and trained ones are below 1 in magnitude. The file is "
+                "damaged, or the training that wrote it diverged."
             )
     metadata = model.config.get_text_config().pvm_training
-    if metadata is not None and gates and not any(gate.any() for gate in gates.values()):
+    if metadata is not None and gates and not any(gates.values()):
         raise ValueError(
             f"{name} says that its PVM branches were trained ({metadata}), but all gates are exactly 0, so it would "
             "answer as the stock model. Its weights are not the trained ones."
         )
 
 
-def _load_peft_adapter(model, name, folder, download) -> None:
-    """The LoRA that was trained with the branches; its `folder` is inside the checkpoint's."""
+def _load_peft_adapter(model, name: str, folder: str, download: dict) -> None:
     subfolder = "/".join(filter(None, (download.get("subfolder"), folder)))
     for file_name in ("adapter_config.json", "adapter_model.safetensors"):
         file = cached_file(name, file_name, **{**download, "subfolder": subfolder})
-    loading_info = model.load_adapter(os.path.dirname(file))
-    if loading_info.missing_keys:
+    if missing := model.load_adapter(os.path.dirname(file)).missing_keys:
         raise ValueError(
-            f"The PEFT adapter in {name}/{subfolder} lacks weights, e.g. {min(loading_info.missing_keys)}: they would be "
-            "random. Get the complete checkpoint."
+            f"The PEFT adapter in {name}/{subfolder} lacks weights, e.g. {min(missing)}: they would be random. Get "
+            "the complete checkpoint."
         )

@@ -33,10 +33,10 @@ except ImportError:  # in a checkout, where this file is a top-level module
 
 class CrossAttentionMetadata(NamedTuple):
     """
-    Cross-attention metadata of one forward pass, shared by all branches. `query` counts the tokens of this pass that go
-    through the branches, `visual` the visual tokens so far, those of earlier passes included.
+    Cross-attention metadata of one forward pass, shared by all branches.
 
-    query_index (`torch.LongTensor` `[batch, query]`, *optional*): which tokens of this pass; `None`: all of them.
+    query_index (`torch.LongTensor` `[batch, query]`, *optional*): the tokens that go through the branches; `None`:
+    all.
     attends (`torch.BoolTensor` `[batch, query, 1]`, *optional*): queries that attend to any visual token; `None`: all.
     mask (`torch.BoolTensor` `[batch, 1, query, visual]`, *optional*): who attends to whom; `None`: all to all.
     """
@@ -78,10 +78,10 @@ class Qwen3VLPVMCrossAttention(nn.Module):
         """
         Args:
             query_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): the text tokens.
-            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): the visual tokens of this
-                pass; `None` if all are in memory.
-            metadata (`CrossAttentionMetadata`): who attends to whom.
-            memory (`VisualMemory`, *optional*): of the cache; `None` without one.
+            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): the visual tokens of
+            this
+                pass; `None` if all are in the memory.
+            memory (`VisualMemory`, *optional*): of the cache; `None` without a cache.
 
         Returns:
             `[batch, query, pvm_hidden_size]`, exactly zero for a query that attends to nothing; and, with eager
@@ -125,14 +125,9 @@ class Qwen3VLPVMCrossAttention(nn.Module):
 
 
 class Qwen3VLPVMBlock(nn.Module):
-    """
-    Persistent Visual Memory as published. Parameters have the names of the authors' implementation.
+    """Persistent Visual Memory as published, with the parameter names of the authors' implementation."""
 
-    Variants override [`~Qwen3VLPVMBlock.gate`] or [`~Qwen3VLPVMBlock.attend`]; see variants_qwen3vl_pvm.py.
-    """
-
-    # Whether the branch depends on what the image shows.
-    reads_image = True
+    reads_image = True  # whether the branch depends on what the image shows
 
     def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
         super().__init__()
@@ -152,22 +147,11 @@ class Qwen3VLPVMBlock(nn.Module):
         self.eps = config.rms_norm_eps
 
     def gate(self, query_states: torch.Tensor) -> torch.Tensor:
-        """
-        How much of the branch is added: the published scalar `[1]`, or any shape that broadcasts to `[batch, query, 1]`.
-
-        Args:
-            query_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): q.
-        """
+        """From q, `[batch, query, pvm_hidden_size]`, to the gate, `[batch, query, 1]` or what broadcasts to it."""
         return self.gate_alpha
 
-    def attend(
-        self,
-        query_states: torch.Tensor,
-        visual_embeds: torch.Tensor | None,
-        metadata: CrossAttentionMetadata,
-        memory: VisualMemory | None,
-    ) -> torch.Tensor:
-        """From q and V to a, `[batch, query, pvm_hidden_size]`; arguments as in [`~Qwen3VLPVMBlock.forward`]."""
+    def attend(self, query_states, visual_embeds, metadata, memory) -> torch.Tensor:
+        """From q and V to a, `[batch, query, pvm_hidden_size]`."""
         visual_states = None if visual_embeds is None else self.vision_reducer(visual_embeds)
         return self.cross_attn(query_states, visual_states, metadata, memory)[0]
 
@@ -182,12 +166,11 @@ class Qwen3VLPVMBlock(nn.Module):
         Args:
             hidden_states (`torch.Tensor` `[batch, query, hidden_size]`): x.
             visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
-            metadata, memory: as in [`Qwen3VLPVMCrossAttention`].
 
         Returns:
-            `torch.Tensor` `[batch, query, hidden_size]` in the dtype of `hidden_states`: what is added to the stream.
+            `torch.Tensor` `[batch, query, hidden_size]` in the dtype of `hidden_states`.
         """
-        # The branch may have another dtype than the backbone: float32 in training, where AdamW needs it.
+        # The branch may have another dtype than the backbone: float32 in training.
         dtype = self.gate_alpha.dtype
         query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))
         visual_embeds = None if visual_embeds is None else visual_embeds.to(dtype)
@@ -200,5 +183,5 @@ class Qwen3VLPVMBlock(nn.Module):
 
 
 def pvm_blocks(model: nn.Module) -> dict[int, Qwen3VLPVMBlock]:
-    """The branches of a model by decoder layer; empty for a stock one. Of the two copies peft makes, the trained one."""
+    """The branches of a model by decoder layer; of the two copies that peft makes, the trained one."""
     return {module.layer_idx: module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)}

@@ -2,11 +2,12 @@
 """
 The visual memory of a conversation, and how it rides with the KV cache.
 
-There is one memory per cache: the keys and values of every branch, and where in the sequence their tokens are. The first
+A cache has one memory: the keys and values of every branch, and where in the sequence their tokens are. The first
 cache layer carries it, whatever the class of that layer, so that everything done to the cache is done to the memory.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,15 +21,17 @@ NO_POSITION = torch.iinfo(torch.int32).max
 @dataclass
 class VisualMemory:
     """
-    Keys and values of the visual tokens seen so far. An offloaded cache leaves them on the accelerator: they are about
-    1 % of its bytes.
+    What a conversation has seen. An offloaded cache leaves it on the accelerator: it is about 1 % of the cache's
+    bytes.
 
-    positions (`torch.IntTensor` `[batch, visual]`): in the sequence; `NO_POSITION` in empty slots.
+    positions (`torch.IntTensor` `[batch, visual]`): of the visual tokens in the sequence; `NO_POSITION` in empty
+    slots.
     rope_deltas (`torch.IntTensor` `[batch, visual]`): rotary position of text that would follow the token, minus the
         number of tokens (without padding) up to it.
     complete (`bool`): no slot is empty.
-    keys, values (`dict[int, torch.Tensor]`): for each decoder layer with a branch, `[batch, key_value_heads, visual,
-        head_dim]`, in the branch's dtype.
+    keys, values (`dict[int, torch.Tensor]`): by decoder layer, `[batch, key_value_heads, visual, head_dim]` each, in
+    the
+        branch's dtype.
     """
 
     positions: torch.IntTensor
@@ -38,7 +41,7 @@ class VisualMemory:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def update(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values of new visual tokens, and return all of the layer."""
+        """Append keys and values of new visual tokens; all of the layer."""
         if layer_idx in self.keys:
             keys = torch.cat([self.keys[layer_idx], keys], dim=2)
             values = torch.cat([self.values[layer_idx], values], dim=2)
@@ -54,35 +57,26 @@ class VisualMemory:
 
     def select(self, rows: torch.LongTensor) -> "VisualMemory":
         """The memory of the given batch rows, in that order."""
-
-        def selected(states: torch.Tensor) -> torch.Tensor:
-            return states[rows.to(states.device)]
-
-        return VisualMemory(
-            selected(self.positions),
-            selected(self.rope_deltas),
-            self.complete,
-            {layer_idx: selected(keys) for layer_idx, keys in self.keys.items()},
-            {layer_idx: selected(values) for layer_idx, values in self.values.items()},
-        )
+        positions, rope_deltas = (index[rows.to(index.device)] for index in (self.positions, self.rope_deltas))
+        return self._with(positions, rope_deltas, self.complete, lambda states: states[rows.to(states.device)])
 
     def crop(self, length: int) -> "VisualMemory | None":
-        """The memory of the first `length` positions of the sequence; `None` if there are no visual tokens."""
+        """The memory of the first `length` positions of the sequence; `None` if they hold no visual token."""
         positions = self.positions.masked_fill(self.positions >= length, NO_POSITION)
         kept = (positions != NO_POSITION).any(dim=0)
         if not kept.any():
             return None
-        return VisualMemory(
-            positions[:, kept],
-            self.rope_deltas[:, kept],
-            bool((positions[:, kept] != NO_POSITION).all()),
-            {layer_idx: keys[:, :, kept.to(keys.device)] for layer_idx, keys in self.keys.items()},
-            {layer_idx: values[:, :, kept.to(values.device)] for layer_idx, values in self.values.items()},
-        )
+        positions, rope_deltas = positions[:, kept], self.rope_deltas[:, kept]
+        complete = bool((positions != NO_POSITION).all())
+        return self._with(positions, rope_deltas, complete, lambda states: states[:, :, kept.to(states.device)])
+
+    def _with(self, positions, rope_deltas, complete, change: Callable[[torch.Tensor], torch.Tensor]):
+        keys, values = ({layer: change(states) for layer, states in all.items()} for all in (self.keys, self.values))
+        return VisualMemory(positions, rope_deltas, complete, keys, values)
 
 
 class VisualMemoryLayerMixin:
-    """A cache layer of any class that also carries the [`VisualMemory`]."""
+    """A cache layer of any class that also carries the memory."""
 
     layer_class: type[CacheLayerMixin]
     visual_memory: VisualMemory | None = None
@@ -140,7 +134,7 @@ def get_visual_memory(past_key_values: Cache | None) -> VisualMemory | None:
 
 def set_visual_memory(past_key_values: Cache, memory: VisualMemory) -> None:
     """
-    Let the memory ride with the first cache layer. At first use that layer, of whatever class, is replaced by one of a
+    Let the memory ride with a cache. At first use the cache's first layer, of whatever class, is replaced by one of a
     subclass that shares all its attributes.
     """
     layer = past_key_values.layers[0]

@@ -10,12 +10,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# How the authors' implementation names itself in `config.json`; its parameter names are ours.
+# The name of the authors' implementation in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
-
-# The weights of an adapter checkpoint, as `save_pretrained(variant="pvm")` names them: no other class loads this file.
-ADAPTER_VARIANT = "pvm"
-ADAPTER_WEIGHTS_NAME = f"model.{ADAPTER_VARIANT}.safetensors"
 
 # (hidden_size, num_hidden_layers) -> the layers published for Qwen3-VL-8B and Qwen3-VL-4B.
 PUBLISHED_PVM_LAYERS = {(4096, 36): [8, 16, 24], (2560, 36): [5, 11, 17]}
@@ -26,9 +22,8 @@ def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
     The decoder layers that carry a branch by default: the published ones for the shapes of 8B and 4B, else the same
     relative depths, 2/9, 4/9 and 6/9 of the decoder.
     """
-    published = PUBLISHED_PVM_LAYERS.get((hidden_size, num_hidden_layers))
-    if published is not None:
-        return list(published)
+    if (hidden_size, num_hidden_layers) in PUBLISHED_PVM_LAYERS:
+        return list(PUBLISHED_PVM_LAYERS[hidden_size, num_hidden_layers])
     return sorted({min(round(num_hidden_layers * share / 9), num_hidden_layers - 1) for share in (2, 4, 6)})
 
 
@@ -78,7 +73,7 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
 
     @property
     def pvm_num_attention_heads(self) -> int:
-        """Query heads of the branch: as many of the backbone's `head_dim` as fit into `pvm_hidden_size`."""
+        """Query heads of the branch, each of the backbone's `head_dim`."""
         return self.pvm_hidden_size // self.head_dim
 
     @property
@@ -93,39 +88,27 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
 
     # `strict` runs the `validate_*` methods after construction.
     def validate_pvm_layers(self):
-        last = self.num_hidden_layers - 1
+        layers, last = list(self.pvm_layers), self.num_hidden_layers - 1
+        wrong = [index for index in layers if not 0 <= index <= last]
+        if not layers:
+            problem = "is empty; for a model without branches use the stock class"
+        elif wrong:
+            problem = f"names {wrong}, but this model's decoder layers are numbered 0 to {last}"
+        elif len(set(layers)) != len(layers):
+            problem = "names a layer twice, but a layer has one branch"
+        else:
+            return
         suggestion = default_pvm_layers(self.hidden_size, self.num_hidden_layers)
-        if len(self.pvm_layers) == 0:
-            raise ValueError(
-                f"`pvm_layers` is empty. Name at least one decoder layer, e.g. `pvm_layers={suggestion}`, or leave it "
-                "out; for a model without branches use the stock class."
-            )
-        wrong = [index for index in self.pvm_layers if not 0 <= index <= last]
-        if wrong:
-            raise ValueError(
-                f"`pvm_layers={list(self.pvm_layers)}` names {wrong}, but this model's decoder layers are numbered "
-                f"0 to {last}. Write indices in that range, e.g. `pvm_layers={suggestion}`."
-            )
-        if len(set(self.pvm_layers)) != len(self.pvm_layers):
-            raise ValueError(
-                f"`pvm_layers={list(self.pvm_layers)}` names a layer twice, but a layer has one branch. Write "
-                f"`pvm_layers={sorted(set(self.pvm_layers))}`."
-            )
+        raise ValueError(f"`pvm_layers={layers}` {problem}. Write e.g. `pvm_layers={suggestion}`, or leave it out.")
 
     def validate_pvm_hidden_size(self):
-        lower = max(self.pvm_hidden_size // self.head_dim, 1) * self.head_dim
-        if self.pvm_hidden_size <= 0 or self.pvm_hidden_size % self.head_dim != 0:
+        heads, rest = divmod(self.pvm_hidden_size, self.head_dim)
+        if heads < 1 or rest or heads % self.pvm_num_key_value_heads:
+            unit = self.head_dim * (self.num_attention_heads // self.num_key_value_heads)
             raise ValueError(
-                f"`pvm_hidden_size={self.pvm_hidden_size}` is not a positive multiple of `head_dim={self.head_dim}`. "
-                f"Write e.g. `pvm_hidden_size={lower}` or `pvm_hidden_size={lower + self.head_dim}`."
-            )
-        heads, key_value_heads = self.pvm_num_attention_heads, self.pvm_num_key_value_heads
-        if heads % key_value_heads != 0:
-            ratio = self.num_attention_heads // self.num_key_value_heads
-            raise ValueError(
-                f"`pvm_hidden_size={self.pvm_hidden_size}` gives the branch {heads} query heads, which its "
-                f"{key_value_heads} key/value heads do not divide. Write a multiple of {ratio * self.head_dim}, e.g. "
-                f"`pvm_hidden_size={max(heads // ratio, 1) * ratio * self.head_dim}`."
+                f"`pvm_hidden_size={self.pvm_hidden_size}` does not split into heads of `head_dim={self.head_dim}` in "
+                f"the backbone's grouped-query ratio. Write a multiple of {unit}, e.g. "
+                f"`pvm_hidden_size={max(self.pvm_hidden_size // unit, 1) * unit}`."
             )
 
 
@@ -137,19 +120,12 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     Args:
         base_model_name_or_path (`str`, *optional*):
-            Of an adapter checkpoint, which holds branches only: Hub name or folder of the model with all other weights.
+            Of an adapter checkpoint, which holds branches only: Hub name or folder of the model with all other
+            weights.
         base_model_revision (`str`, *optional*):
             Branch, tag or commit of the base on the Hub.
         peft_adapter (`str`, *optional*):
             Subfolder of an adapter checkpoint with a PEFT adapter (LoRA) that was trained with the branches.
-
-    Example:
-
-    ```python
-    >>> from transformers import Qwen3VLConfig
-
-    >>> config = Qwen3VLPVMConfig.from_stock(Qwen3VLConfig(), pvm_layers=[8, 16, 24])
-    ```
     """
 
     model_type = "qwen3_vl_pvm"
@@ -166,7 +142,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
             self.text_config = Qwen3VLPVMTextConfig(**(self.text_config or {}))
         elif not isinstance(self.text_config, Qwen3VLPVMTextConfig):
             raise ValueError(
-                f"`text_config` is a {type(self.text_config).__name__}, which has no PVM fields. Convert a stock Qwen3-VL "
+                f"`text_config` is a {type(self.text_config).__name__}, which has no PVM fields. Convert a stock "
                 "config with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=...)`."
             )
         super().__post_init__(**kwargs)
@@ -174,14 +150,8 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
     @classmethod
     def from_stock(cls, config: Qwen3VLConfig, **pvm_fields: Any) -> "Qwen3VLPVMConfig":
         """
-        A PVM config with every field of the stock `config`.
-
-        Args:
-            config (`Qwen3VLConfig`): the config of a dense Qwen3-VL model.
-            pvm_fields: of [`Qwen3VLPVMTextConfig`].
-
-        Raises:
-            ValueError: if `config` is not that of a dense Qwen3-VL model.
+        The config of a dense Qwen3-VL model with the given fields of [`Qwen3VLPVMTextConfig`] added. Raises a
+        `ValueError` for other models.
         """
         fields = cls._from_stock_dict(config.to_dict())
         return cls.from_dict({**fields, "text_config": {**fields["text_config"], **pvm_fields}})
@@ -204,8 +174,8 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
         fields = {**config_dict, "model_type": cls.model_type}
         if fields.pop("architectures", None) == [REFERENCE_ARCHITECTURE]:
             logger.warning(
-                f"This checkpoint was written by the authors' implementation ({REFERENCE_ARCHITECTURE}), in which text "
-                "also attends to images that come after it: loading it with `pvm_causal=False`."
+                f"This checkpoint was written by the authors' implementation ({REFERENCE_ARCHITECTURE}), in which "
+                "text also attends to images that come after it: loading it with `pvm_causal=False`."
             )
             metadata = {"method": "pvm", "step": None, "implementation": REFERENCE_ARCHITECTURE}
             fields["text_config"] = {**fields["text_config"], "pvm_causal": False, "pvm_training": metadata}

@@ -5,10 +5,10 @@ Qwen3-VL with Persistent Visual Memory (PVM, arXiv 2605.00814): what differs fro
     x = x + SelfAttention(RMSNorm(x))
     y = x + FFN(RMSNorm(x)) + branch(x; V) * is_text          in the layers `config.pvm_layers`
 
-The branch (block_qwen3vl_pvm.py) attends from text tokens to the visual embeddings V as they entered the decoder, so its
-softmax runs over the image only and text cannot dilute it. Its keys and values are computed once, when the visual tokens
-arrive, and kept in the [`VisualMemory`] that rides with the KV cache (cache_qwen3vl_pvm.py); tokens of later passes, and
-later images, find them there. No module holds any state.
+The branch (block_qwen3vl_pvm.py) attends from text tokens to the visual embeddings V as they entered the decoder: its
+softmax runs over the image only, so text cannot dilute it. Its keys and values are computed once, when the visual
+tokens arrive, and kept in the [`VisualMemory`] that rides with the KV cache (cache_qwen3vl_pvm.py). A later image is
+appended there, and later tokens attend to both. No module holds any state.
 """
 
 import functools
@@ -67,12 +67,11 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` `[batch, sequence, hidden_size]`): the residual stream.
+            hidden_states (`torch.Tensor` `[batch, sequence, hidden_size]`): x.
             visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
-            visual_memory (`VisualMemory`, *optional*): of this pass and all before it.
+            visual_memory (`VisualMemory`, *optional*): of this pass and those before it.
             cross_attention_metadata (`CrossAttentionMetadata`, *optional*): `None` if there is nothing to attend to.
-            use_pvm (`bool` or `Collection[int]`): whether the branch is added, or in which layers it is. What it sees
-                is remembered in any case.
+            use_pvm (`bool` or `Collection[int]`): whether the branch is added, or in which layers it is.
         """
         if cross_attention_metadata is None:
             return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
@@ -139,8 +138,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
     def __init__(self, config: Qwen3VLPVMTextConfig):
         if config.model_type != Qwen3VLPVMTextConfig.model_type:
             raise ValueError(
-                f"The config is a stock model's (`model_type: {config.model_type}`), without PVM fields. Convert it with "
-                "`Qwen3VLPVMConfig.from_stock(config, pvm_layers=..., pvm_hidden_size=...)`."
+                f"The config is a stock model's (`model_type: {config.model_type}`), without PVM fields. Convert it "
+                "with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=..., pvm_hidden_size=...)`."
             )
         if config.pvm_block not in BLOCKS:
             raise ValueError(f"`pvm_block={config.pvm_block}` is unknown. Known are {', '.join(BLOCKS)}.")
@@ -164,11 +163,10 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         Args:
             inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
             visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
-            use_pvm (`bool` or `Collection[int]`, *optional*): `False` turns the branches off in this pass: the stock
-                model's hidden states. A list of layers keeps those on. What is seen is remembered in any case.
+            use_pvm (`bool` or `Collection[int]`, *optional*): `False` turns the branches off in this pass; a list of
+                layers keeps those on. What is seen is remembered in any case.
             output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
                 `[batch, heads, sequence, visual]` of each branch; needs eager attention.
-            kwargs: as the stock text model.
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
@@ -218,26 +216,19 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         )
 
     def _remember(
-        self,
-        visual_mask: torch.BoolTensor,
-        memory: VisualMemory | None,
-        past_length: int | torch.LongTensor,
-        position_ids: torch.LongTensor | None,
-        counts: torch.LongTensor,
+        self, visual_mask, memory, past_length, position_ids, counts
     ) -> tuple[torch.LongTensor, VisualMemory]:
         """
-        Extend the memory by the places of this pass's visual tokens; branches add keys and values.
+        The memory with the places of this pass's visual tokens, whose keys and values the branches add.
 
         Args:
             visual_mask (`torch.BoolTensor` `[batch, sequence]`): the visual tokens of this pass.
-            memory (`VisualMemory`, *optional*): of earlier passes.
-            past_length (`int` or 0-dim `torch.LongTensor`): length of the sequence before this pass.
-            position_ids: of the pass, in any of the stock text model's forms.
-            counts (`torch.LongTensor` `[batch or 1, sequence]`): token counts without padding.
+            memory (`VisualMemory`, *optional*): of earlier passes, `past_length` tokens.
+            position_ids: in any of the stock text model's forms.
+            counts (`torch.LongTensor` `[batch or 1, sequence]`): tokens before each, without padding.
 
         Returns:
-            The indices of the visual tokens in this pass, `[batch, new visual]`, padded with indices of other tokens in
-            rows that have fewer, and the memory.
+            Indices of the visual tokens, `[batch, new visual]`, as [`_pack`] makes them, and the memory.
         """
         visual_index, present = _pack(visual_mask)
         positions = (visual_index + past_length).masked_fill(~present, NO_POSITION).int()
@@ -256,26 +247,17 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         complete = bool((positions != NO_POSITION).all())
         return visual_index, VisualMemory(positions, rope_deltas, complete, keys, values)
 
-    def _new_metadata(
-        self,
-        visual_mask: torch.BoolTensor,
-        memory: VisualMemory,
-        past_length: int | torch.LongTensor,
-        pack_queries: bool,
-    ) -> CrossAttentionMetadata:
+    def _new_metadata(self, visual_mask, memory, past_length, pack_queries: bool) -> CrossAttentionMetadata:
         """
-        Who attends to whom in a pass with visual tokens of its own, `visual_mask` `[batch, sequence]`.
-
-        Args:
-            pack_queries (`bool`): send only text tokens that attend to something through the branches, not all tokens.
+        Who attends to whom in a pass with visual tokens, `visual_mask` `[batch, sequence]`. If `pack_queries`, only
+        the text tokens that attend to something go through the branches.
         """
         positions = torch.arange(visual_mask.shape[1], device=visual_mask.device) + past_length
         first, last = memory.positions.aminmax(dim=1, keepdim=True)  # [batch, 1]
         is_visible = positions > first if self.config.pvm_causal else first != NO_POSITION
         attends = ~visual_mask & is_visible
 
-        query_index = None
-        query_positions = positions.expand_as(attends)
+        query_index, query_positions = None, positions.expand_as(attends)
         if pack_queries:
             query_index, attends = _pack(attends)
             query_positions = positions[query_index]
@@ -295,8 +277,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
 
 def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """
-    Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, in order, padded with indices of other
-    entries in rows that have fewer than the longest, n >= 1; and which of them are real, `[batch, n]`.
+    Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, in order, padded with indices of
+    other entries in rows that have fewer than the longest, n >= 1; and which of them are real, `[batch, n]`.
     """
     count = selected.sum(dim=1, keepdim=True)
     longest = max(int(count.max()), 1)
@@ -320,11 +302,8 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
     @functools.wraps(Qwen3VLModel.forward)  # the Trainer reads the signature
     def forward(self, *args, **kwargs) -> tuple | BaseModelOutputWithPast:
         """
-        As the stock model.
-
-        Raises:
-            ValueError: for `inputs_embeds` into which images are already merged, because nothing says where they are
-                and the branches would be off silently; for grids without pixels, or of another pass.
+        As the stock model. Raises a `ValueError` for `inputs_embeds` into which images are already merged, because the
+        branches would be off silently, and for grids without pixels or of another pass.
         """
         given = {name for name, value in kwargs.items() if value is not None}
         # generate() of transformers 5.23 passes an empty dict of encoder outputs when there is nothing to encode.
@@ -333,10 +312,10 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         has_places = has_grids or ("mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any())
         if "inputs_embeds" in given and has_places and not has_pixels:
             raise ValueError(
-                "`inputs_embeds` came with image or video positions but without `pixel_values`: if the visual "
-                "embeddings are already merged in, the PVM branches cannot know where. Pass `pixel_values` and leave "
-                "the placeholders' embeddings in `inputs_embeds`, or call the decoder, `model.model.language_model("
-                "inputs_embeds=..., visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+                "`inputs_embeds` came with image or video positions but without `pixel_values`: if visual embeddings "
+                "are already merged in, the branches cannot know where. Pass `pixel_values` and leave the "
+                "placeholders in `inputs_embeds`, or call the decoder, `model.model.language_model(inputs_embeds=..., "
+                "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
             )
         if has_grids and not has_pixels and "position_ids" not in given:
             raise ValueError(
@@ -354,17 +333,7 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
 class Qwen3VLPVMForConditionalGeneration(
     CachedRopeGenerationMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin
 ):
-    """
-    Qwen3-VL with Persistent Visual Memory and its language modelling head.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModelForImageTextToText
-
-    >>> model = AutoModelForImageTextToText.from_pretrained("path/to/pvm-checkpoint", trust_remote_code=True)
-    ```
-    """
+    """Qwen3-VL with Persistent Visual Memory and its language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _auto_class = "AutoModelForImageTextToText"

@@ -1,12 +1,11 @@
 # Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
 """
-Workaround for a limit of stock Qwen3-VL, to be removed once transformers can do it: rotary positions (M-RoPE) of a pass
-that continues a cache. The stock model keeps the offset of the last image that any conversation brought on its module,
-and cannot place a new image behind a cache. Here the offset comes from the cache's [`VisualMemory`].
+Workaround for a limit of stock Qwen3-VL, to be removed once transformers can do it: rotary positions (M-RoPE) of a
+pass that continues a cache. The stock model keeps the offset of the last image that any conversation brought on its
+module, and cannot place a new image behind a cache. Here the offset comes from the visual memory of the cache.
 """
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 
@@ -16,12 +15,10 @@ except ImportError:  # in a checkout, where this file is a top-level module
     from cache_qwen3vl_pvm import get_visual_memory
 
 
-def count_tokens(
-    attention_mask: torch.Tensor | None, past_length: int | torch.LongTensor, tokens: torch.Tensor
-) -> torch.LongTensor:
+def count_tokens(attention_mask, past_length, tokens: torch.Tensor) -> torch.LongTensor:
     """
-    Number of tokens before each of the `tokens` (`[batch, sequence, ...]`) of this pass in its row: `[batch or 1,
-    sequence]`. Padding is not counted if the mask shows it: `[batch, past + sequence]`, or longer for a static cache.
+    `[batch or 1, sequence]`: number of tokens before each of the `tokens` `[batch, sequence, ...]` of this pass.
+    Padding is not counted if the mask shows it: `[batch, past + sequence]`, or longer for a static cache.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device) + past_length
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -32,57 +29,39 @@ def count_tokens(
 class CachedRopeMixin:
     """Rotary positions for `Qwen3VLPVMModel`."""
 
-    def token_types(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.LongTensor:
-        """`[batch, sequence]`: 1 for placeholders of images, 2 for those of videos, recognised as the stock model does."""
+    def token_types(self, input_ids, inputs_embeds) -> torch.LongTensor:
+        """`[batch, sequence]`: 1 for placeholders of images, 2 for those of videos, as the stock model finds them."""
         if inputs_embeds is None:
             images, videos = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         else:
             images, videos = (mask[..., 0] for mask in self.get_placeholder_mask(None, inputs_embeds))
         return images + 2 * videos
 
-    def check_grids(
-        self,
-        mm_token_type_ids: torch.LongTensor,
-        image_grid_thw: torch.LongTensor | None,
-        video_grid_thw: torch.LongTensor | None,
-    ) -> None:
+    def check_grids(self, mm_token_type_ids, image_grid_thw, video_grid_thw) -> None:
         """Raise a `ValueError` unless the grids match the placeholders of this pass."""
         for kind, name, grid in ((1, "image", image_grid_thw), (2, "video", video_grid_thw)):
             found = int((mm_token_type_ids == kind).sum())
             expected = 0 if grid is None else int(grid.prod(-1).sum()) // self.visual.spatial_merge_size**2
             if grid is not None and found != expected:
                 raise ValueError(
-                    f"`{name}_grid_thw` describes {expected} {name} tokens, but this pass has {found}. When you continue "
-                    "a cache, pass pixels and grids of the new images and videos only, and their placeholder tokens; "
-                    "those in the cache are remembered."
+                    f"`{name}_grid_thw` describes {expected} {name} tokens, but this pass has {found}. To continue a "
+                    "cache, pass pixels, grids and placeholders of new images and videos only; those in the cache are "
+                    "remembered."
                 )
 
     def compute_3d_position_ids(
         self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        input_ids,
+        inputs_embeds,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        attention_mask=None,
+        past_key_values=None,
+        mm_token_type_ids=None,
     ) -> torch.LongTensor | None:
         """
-        Overrides the stock method, which is called for a pass without `position_ids`.
-
-        Args:
-            input_ids (`torch.LongTensor` `[batch, sequence]`, *optional*): of this pass.
-            inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`, *optional*): instead of `input_ids`.
-            image_grid_thw, video_grid_thw (`torch.LongTensor` `[images, 3]`): images and videos of this pass.
-            attention_mask (`torch.Tensor` `[batch, past + sequence]`, *optional*): longer for a static cache.
-            mm_token_type_ids (`torch.LongTensor` `[batch, sequence]`, *optional*): 1 for image, 2 for video tokens;
-                only needed without `input_ids`.
-
-        Returns:
-            `torch.LongTensor` `[3, batch, sequence]`, or `None` if positions are plain token counts.
-
-        Raises:
-            ValueError: if the positions cannot be known, or the grids are not those of this pass.
+        Overrides the stock method, with its arguments, for a pass without `position_ids`: `[3, batch, sequence]`, or
+        `None` if positions are plain token counts. Raises a `ValueError` if they cannot be known.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, length = tokens.shape[:2]
@@ -93,8 +72,8 @@ class CachedRopeMixin:
             return None
         if attention_mask is not None and not shows_padding:
             raise ValueError(
-                "Rotary positions cannot be counted from an `attention_mask` that is not of the form [batch, sequence]. "
-                "Pass `position_ids`."
+                "Rotary positions cannot be counted from an `attention_mask` that is not of the form [batch, "
+                "sequence]. Pass `position_ids`."
             )
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is not None and not torch.compiler.is_compiling():
@@ -126,26 +105,24 @@ class CachedRopeGenerationMixin:
     """Rotary positions for `Qwen3VLPVMForConditionalGeneration.generate`."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """Overrides the stock method: token counts and rotary positions of the prompt, `[4, batch, past + new]`."""
+        """Overrides the stock method: token counts and rotary positions, `[4, batch, past + new]`."""
+        # Not the stock Qwen3-VL method, whose positions come from its module.
+        counts = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         cache = model_kwargs.get("past_key_values")
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        # GenerationMixin's counts; the stock Qwen3-VL method would add positions from its module.
-        counts = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
         new_length = counts.shape[1] - past_length
         if new_length < 1:
             raise ValueError(
-                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To continue "
-                "a cache, pass all tokens, or the new ones with the `attention_mask` of all."
+                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To "
+                "continue a cache, pass all tokens, or the new ones with the `attention_mask` of all."
             )
         new_tokens = inputs_tensor[:, -new_length:]
         input_ids, inputs_embeds = (new_tokens, None) if new_tokens.ndim == 2 else (None, new_tokens)
+        named = ("image_grid_thw", "video_grid_thw", "attention_mask", "past_key_values")
         new_positions = self.model.compute_3d_position_ids(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            image_grid_thw=model_kwargs.get("image_grid_thw"),
-            video_grid_thw=model_kwargs.get("video_grid_thw"),
-            attention_mask=model_kwargs.get("attention_mask"),
-            past_key_values=cache,
+            input_ids,
+            inputs_embeds,
+            **{name: model_kwargs.get(name) for name in named},
             mm_token_type_ids=self.model.token_types(input_ids, inputs_embeds),
         )
         position_ids = counts.expand(4, inputs_tensor.shape[0], -1).clone()

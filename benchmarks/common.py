@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 
 
 IMAGE_TOKEN = 151655
@@ -128,13 +128,9 @@ def build(
     # Buffers that are in no checkpoint: inverse frequencies.
     stock.model.language_model.rotary_emb = branched.model.language_model.rotary_emb
     stock.model.visual.rotary_pos_emb = branched.model.visual.rotary_pos_emb
-    for block in branches(branched):
+    for block in pvm_blocks(branched).values():
         torch.nn.init.constant_(block.gate_alpha, 0.1)
     return stock, branched
-
-
-def branches(model: torch.nn.Module) -> list[Qwen3VLPVMBlock]:
-    return [module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)]
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:
@@ -191,7 +187,7 @@ def print_environment(args: argparse.Namespace, branched: torch.nn.Module) -> No
     if not hardware and cpuinfo.exists():
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         hardware = f"{models[0]}, {torch.get_num_threads()} thread(s) of {len(models)}"
-    added = sum(parameter_bytes(block) for block in branches(branched))
+    added = sum(parameter_bytes(block) for block in pvm_blocks(branched).values())
     # The vision tower does not take part in decoding.
     language = parameter_bytes(branched.model.language_model) - added
     if not branched.config.tie_word_embeddings:

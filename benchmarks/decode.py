@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 
 from benchmarks.common import (
-    branches,
     build,
     interleaved,
     milliseconds,
@@ -26,7 +25,7 @@ from benchmarks.common import (
     print_table,
     row_of_ratios,
 )
-from modeling_qwen3vl_pvm import VisualMemory, write_visual_memory
+from cache_qwen3vl_pvm import VisualMemory, set_visual_memory
 
 
 PROMPT_TOKENS = 64  # after the image
@@ -52,7 +51,8 @@ def measure(
     states = torch.randn(batch_size, config.num_key_value_heads, length, config.head_dim, **options)
     memory_states = torch.randn(batch_size, config.pvm_num_key_value_heads, visual_tokens, config.head_dim, **options)
     positions = torch.arange(visual_tokens, dtype=torch.int32, device=device).expand(batch_size, -1)
-    memory = VisualMemory(memory_states, memory_states.clone(), positions, torch.zeros_like(positions), complete=True)
+    keys, values = (dict.fromkeys(config.pvm_layers, states) for states in (memory_states, memory_states.clone()))
+    memory = VisualMemory(positions, torch.zeros_like(positions), True, keys, values)
     step = {
         "input_ids": torch.full((batch_size, 1), 9, device=device),
         "position_ids": torch.full((3, batch_size, 1), length, device=device),
@@ -62,8 +62,7 @@ def measure(
         cache = filled_cache(states, config.num_hidden_layers)
         if name == "stock":
             return milliseconds(lambda: stock(**step, past_key_values=cache), device)
-        for block in branches(branched):
-            write_visual_memory(cache, block.cross_attn.layer_idx, memory)
+        set_visual_memory(cache, memory)
         return milliseconds(lambda: branched(**step, past_key_values=cache), device)
 
     return interleaved(run, WARM_UP, steps)

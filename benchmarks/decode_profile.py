@@ -14,9 +14,10 @@ from collections import defaultdict
 
 import torch
 
-from benchmarks.common import branches, build, parameter_bytes, parser, print_environment, print_table
+from benchmarks.common import build, parameter_bytes, parser, print_environment, print_table
 from benchmarks.decode import PROMPT_TOKENS, filled_cache
-from modeling_qwen3vl_pvm import VisualMemory, write_visual_memory
+from cache_qwen3vl_pvm import VisualMemory, set_visual_memory
+from modeling_qwen3vl_pvm import pvm_blocks
 
 
 WARM_UP = 5
@@ -31,7 +32,7 @@ def main() -> None:
         command_line.error("the clock around each module stops the CPU only; on a GPU use torch.profiler")
     _, branched = build(args)
     print_environment(args, branched)
-    config, blocks = branched.config.text_config, branches(branched)
+    config, blocks = branched.config.text_config, list(pvm_blocks(branched).values())
 
     times = defaultdict(list)  # of one step: module -> milliseconds
     started = {}
@@ -64,7 +65,8 @@ def main() -> None:
     states = states.to(branched.dtype)
     memory_states = states[:, : config.pvm_num_key_value_heads, : args.visual_tokens].clone()
     positions = torch.arange(args.visual_tokens, dtype=torch.int32)[None]
-    memory = VisualMemory(memory_states, memory_states.clone(), positions, torch.zeros_like(positions), complete=True)
+    keys, values = (dict.fromkeys(config.pvm_layers, states) for states in (memory_states, memory_states.clone()))
+    memory = VisualMemory(positions, torch.zeros_like(positions), True, keys, values)
     step = {
         "input_ids": torch.full((1, 1), 9),
         "position_ids": torch.full((3, 1, 1), args.visual_tokens + PROMPT_TOKENS),
@@ -73,8 +75,7 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(WARM_UP + args.steps):
             cache = filled_cache(states, config.num_hidden_layers)
-            for block in blocks:
-                write_visual_memory(cache, block.cross_attn.layer_idx, memory)
+            set_visual_memory(cache, memory)
             start = time.perf_counter()
             branched(**step, past_key_values=cache)
             whole.append(1000 * (time.perf_counter() - start))

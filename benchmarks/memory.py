@@ -10,18 +10,22 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from benchmarks.common import branches, build, parser, print_environment, print_table
-from modeling_qwen3vl_pvm import VisualMemory
+from benchmarks.common import build, parser, print_environment, print_table
+from cache_qwen3vl_pvm import VisualMemory
+from modeling_qwen3vl_pvm import pvm_blocks
 
 
 TEXT_TOKENS = 64
 
 
 def tensors(holder: CacheLayerMixin | VisualMemory) -> list[torch.Tensor]:
-    """All tensors in the attributes of a cache layer, and of the memory that rides with it."""
-    found = [value for value in vars(holder).values() if isinstance(value, torch.Tensor)]
-    memories = [value for value in vars(holder).values() if isinstance(value, VisualMemory)]
-    return found + [tensor for memory in memories for tensor in tensors(memory)]
+    """All tensors of a cache layer, and of the memory that rides with it."""
+    found = []
+    for value in vars(holder).values():
+        if isinstance(value, VisualMemory):
+            found += tensors(value)
+        found += value.values() if isinstance(value, dict) else [value]
+    return [value for value in found if isinstance(value, torch.Tensor)]
 
 
 @torch.no_grad()
@@ -45,11 +49,11 @@ def main() -> None:
     print_environment(args, branched)
     config = branched.config.text_config
     keys_and_values = (
-        2 * config.pvm_num_key_value_heads * config.head_dim * len(branches(branched)) * branched.dtype.itemsize
+        2 * config.pvm_num_key_value_heads * config.head_dim * len(pvm_blocks(branched)) * branched.dtype.itemsize
     )
     print(
         f"expected per visual token: 2 x {config.pvm_num_key_value_heads} key/value head(s) x {config.head_dim} x "
-        f"{len(branches(branched))} branches x {branched.dtype.itemsize} bytes = {keys_and_values}, and 8 for the "
+        f"{len(pvm_blocks(branched))} branches x {branched.dtype.itemsize} bytes = {keys_and_values}, and 8 for the "
         "index that the branches share (position and rotary offset)\n"
     )
     rows = []

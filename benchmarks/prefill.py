@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from benchmarks.common import (
-    branches,
     build,
     interleaved,
     milliseconds,
@@ -26,6 +25,7 @@ from benchmarks.common import (
     print_table,
     row_of_ratios,
 )
+from modeling_qwen3vl_pvm import pvm_blocks
 
 
 TEXT_TOKENS = 64
@@ -82,13 +82,13 @@ def main() -> None:
     stock, branched = build(args)
     print_environment(args, branched)
 
-    routings = []
-    hook = branches(branched)[0].register_forward_pre_hook(lambda module, inputs: routings.append(inputs[2]))
+    seen = []
+    hook = next(iter(pvm_blocks(branched).values())).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[2])
+    )
     prefill(branched, 256)
     hook.remove()
-    print(
-        f"Queries of a branch: {routings[0].reads.shape[1]} of {256 + TEXT_TOKENS} tokens; mask: {routings[0].mask}\n"
-    )
+    print(f"Queries of a branch: {seen[0].attends.shape[1]} of {256 + TEXT_TOKENS} tokens; mask: {seen[0].mask}\n")
 
     models, rows = {"stock": stock, "branched": branched}, []
     for name, function in (("prefill", prefill), ("time to first token", first_token)):

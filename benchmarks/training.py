@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
-from benchmarks.common import branches, build, milliseconds, parser, print_environment, print_table
+from benchmarks.common import build, milliseconds, parser, print_environment, print_table
+from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.record import count_parameters
 from pvm.training.methods import LORA_TARGETS
 from pvm.training.trainer import loss_of_predictions, predictions
@@ -75,7 +76,7 @@ def main() -> None:
     print_environment(args, pvm)
 
     pvm.requires_grad_(False)
-    for block in branches(pvm):
+    for block in pvm_blocks(pvm).values():
         block.requires_grad_(True).float()
     full, _ = build(args)
     lora = get_peft_model(stock.requires_grad_(False), LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS))

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import Qwen3VLConfig
 
-from benchmarks.common import SHAPES, branches, build, print_table
+from benchmarks.common import SHAPES, build, print_table
 from benchmarks.training import batch_of, saved_bytes
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, default_pvm_layers
-from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.training.methods import LORA_TARGETS
 
 
@@ -41,7 +41,7 @@ def kept_per_token(shape: str, method: str) -> tuple[float, float]:
         batch["labels"][:, :-1] = -100  # logits are counted apart
         if method == "pvm":
             model.requires_grad_(False)
-            for block in branches(model):
+            for block in pvm_blocks(model).values():
                 block.requires_grad_(True).float()
         else:
             model = stock.requires_grad_(method == "full")
@@ -62,7 +62,7 @@ def parameters(shape: str) -> dict[str, int]:
     )
     with torch.device("meta"):
         model = Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMConfig.from_stock(stock))
-        added = sum(p.numel() for block in branches(model) for p in block.parameters())
+        added = sum(p.numel() for block in pvm_blocks(model).values() for p in block.parameters())
         base = model.num_parameters() - added
         lora = get_peft_model(model, LoraConfig(r=16, target_modules=LORA_TARGETS))
         adapters = sum(p.numel() for name, p in lora.named_parameters() if ".lora_" in name)

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import tiny
-from adapter_qwen3vl_pvm import MAX_GATE
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, MAX_GATE
 from cache_qwen3vl_pvm import get_visual_memory
-from configuration_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, Qwen3VLPVMConfig
+from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from tiny import BATCHES, inputs, logits
 from training import ROOT

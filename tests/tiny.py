@@ -3,8 +3,9 @@
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from block_qwen3vl_pvm import Qwen3VLPVMBlock
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
-from modeling_qwen3vl_pvm import Qwen3VLPVMBlock, Qwen3VLPVMForConditionalGeneration
+from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 
 
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, PAD_TOKEN = 90, 91, 92, 93, 0
@@ -84,7 +85,7 @@ def build(config: Qwen3VLPVMConfig | None = None, gate: float = 1.0, seed: int =
 
 
 def branches(model) -> list[Qwen3VLPVMBlock]:
-    return [module for module in model.modules() if isinstance(module, Qwen3VLPVMBlock)]
+    return list(pvm_blocks(model).values())
 
 
 @torch.no_grad()
