@@ -92,8 +92,8 @@ class PVMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(
-                "--gradient_checkpointing_kwargs with use_reentrant true is not supported with frozen layers. Leave "
-                "it out: the non-reentrant kind is the default."
+                "--gradient_checkpointing_kwargs: reentrant checkpointing does not reach weights above frozen layers. "
+                "Leave use_reentrant out; the other kind is the default."
             )
         if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
             raise UserError("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1.")
