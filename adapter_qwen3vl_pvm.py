@@ -57,7 +57,9 @@ class AdapterMixin:
                 "The model holds a PEFT adapter, and transformers would save nothing else. Merge it first: `python -m "
                 "pvm convert CHECKPOINT FOLDER --to whole`."
             )
-        saved = copy.copy(self)  # shares all weights, and has the config that is to be saved
+        # Shares all weights, and has the config that is to be saved. (FSDP's classes do not take copy.copy.)
+        saved = object.__new__(type(self))
+        vars(saved).update(vars(self))
         saved.config = config = copy.deepcopy(self.config)
         config.auto_map = dict(AUTO_MAP)
         if not adapter_only:

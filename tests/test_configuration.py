@@ -104,7 +104,13 @@ def test_from_stock_keeps_every_field():
     config = Qwen3VLPVMConfig.from_stock(stock, pvm_layers=[2], pvm_hidden_size=64, pvm_causal=False)
     before, after = stock.to_dict(), config.to_dict()
 
-    pvm_fields = {"pvm_layers": [2], "pvm_hidden_size": 64, "pvm_causal": False, "pvm_block": "pvm", "pvm_training": None}
+    pvm_fields = {
+        "pvm_layers": [2],
+        "pvm_hidden_size": 64,
+        "pvm_causal": False,
+        "pvm_block": "pvm",
+        "pvm_training": None,
+    }
     assert {name: after["text_config"].pop(name) for name in pvm_fields} == pvm_fields
     assert not any(after.pop(name) for name in ("base_model_name_or_path", "base_model_revision", "peft_adapter"))
     assert after.pop("model_type") == "qwen3_vl_pvm"
