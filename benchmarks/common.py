@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, a stock model and one with branches of the same weights, timing, tables."""
+"""Shared by the benchmarks: shapes, a stock model and one with branches on the same weights, timing, tables."""
 
 import argparse
 import statistics
@@ -18,7 +18,7 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 
 IMAGE_TOKEN = 151655
 REAL = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
-# Text decoders of the released models (transformers' configs), and one that a CPU runs in milliseconds.
+# Text decoders of the released models, and a small one for CPUs.
 SHAPES = {
     "cpu": {
         "text_config": {
@@ -77,7 +77,7 @@ ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A command line with the model's shape and where it runs."""
+    """A command line with shape, device and dtype of the model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="cpu: 12 layers, hidden size 1,024")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
@@ -89,12 +89,12 @@ def build(
     args: argparse.Namespace, depth: int = 2, pvm_layers: list[int] | None = None, **text_fields
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """
-    The stock model and the one with branches, gates at 0.1, with random weights; what both have, they share.
+    The stock model, and one with branches whose gates are 0.1. Weights are random, and shared where both have them.
 
     Args:
         args: the parsed command line.
-        depth (`int`): layers of the vision tower, which is a small one.
-        pvm_layers, text_fields: what differs from the shape.
+        depth (`int`): number of layers of the (small) vision tower.
+        pvm_layers, text_fields: replace fields of the shape.
     """
     shape = SHAPES[args.shape]
     vision_config = {
@@ -125,7 +125,7 @@ def build(
     torch.set_default_dtype(torch.float32)
     shared = {name: tensor for name, tensor in branched.state_dict().items() if ".pvm_block." not in name}
     stock.load_state_dict(shared, assign=True)
-    # Buffers that are in no checkpoint: inverse frequencies.
+    # Inverse frequencies are buffers outside of the state dict.
     stock.model.language_model.rotary_emb = branched.model.language_model.rotary_emb
     stock.model.visual.rotary_pos_emb = branched.model.visual.rotary_pos_emb
     for block in pvm_blocks(branched).values():
@@ -138,7 +138,7 @@ def parameter_bytes(module: torch.nn.Module) -> int:
 
 
 def milliseconds(function: Callable[[], object], device: str) -> float:
-    """How long one call takes, including what it leaves queued on the device."""
+    """Milliseconds of one call, including work that it queued on the device."""
     if device != "cpu":
         torch.accelerator.synchronize()
     start = time.perf_counter()
@@ -150,8 +150,8 @@ def milliseconds(function: Callable[[], object], device: str) -> float:
 
 def interleaved(run: Callable[[str], float], warm_up: int, times: int) -> list[tuple[float, float]]:
     """
-    `times` neighbouring runs of both models, after `warm_up` that do not count. Who goes first alternates, because
-    what one leaves behind in caches and allocator is the other's gain or loss.
+    `times` runs of both models in turn, after `warm_up` that do not count. They take turns in going first, because
+    the state of caches and allocator that one run leaves affects the next.
 
     Args:
         run: milliseconds of one run of the model "stock" or "branched".
@@ -181,7 +181,7 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
 
 
 def print_environment(args: argparse.Namespace, branched: torch.nn.Module) -> None:
-    """Hardware, versions, shape: what a figure means nothing without."""
+    """Print hardware, versions and shape."""
     hardware = torch.accelerator.current_accelerator() and torch.cuda.get_device_name() if args.device != "cpu" else ""
     cpuinfo = Path("/proc/cpuinfo")
     if not hardware and cpuinfo.exists():

@@ -1,15 +1,15 @@
 """
-What a decode step costs with branches, as a ratio to the stock model of the same shape in the same run.
+Cost of a decode step with branches, as a ratio to the stock model of the same shape in the same run.
 
     OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python -m benchmarks.decode
     python -m benchmarks.decode --shape 8B --device cuda --dtype bfloat16
 
-A step is the forward pass of one token through decoder and language modelling head, on a cache that holds an image of
-so many visual tokens and a prompt of 64 tokens (random states: prefilling 16,384 tokens takes a CPU minutes). Steps of
-the two models are interleaved; printed are medians, and the quartiles of the ratios of neighbouring steps.
+A step is the forward pass of one token through decoder and language modelling head, on a cache with an image of
+`--visual_tokens` and 64 tokens of text (random states, because a CPU needs minutes to prefill 16,384 tokens). Steps of
+the two models are interleaved. Prints medians, and quartiles of the ratios of neighbouring steps.
 
-transformers' dynamic cache allocates itself anew in every step. With the malloc variables, freed memory is kept;
-without them most of a long step is the kernel handing out pages, which scatters by more than a branch costs.
+transformers' dynamic cache is allocated anew in every step. With the malloc variables, freed memory is kept. Without
+them most of a long step is page faults, whose times vary by more than a branch costs.
 """
 
 import torch
@@ -33,7 +33,7 @@ WARM_UP = 4
 
 
 def filled_cache(states: torch.Tensor, layers: int) -> Cache:
-    """A cache all of whose layers hold `states` (`[batch, key_value_heads, sequence, head_dim]`), without copying."""
+    """A cache with `states` (`[batch, key_value_heads, sequence, head_dim]`) in all layers, not copied."""
     cache = DynamicCache(ddp_cache_data=[(states[:, :, :0], states[:, :, :0])] * layers)
     for layer in cache.layers:
         layer.keys = layer.values = states
@@ -44,7 +44,7 @@ def filled_cache(states: torch.Tensor, layers: int) -> Cache:
 def measure(
     stock, branched, batch_size: int, visual_tokens: int, steps: int, device: str
 ) -> list[tuple[float, float]]:
-    """Milliseconds of `steps` neighbouring decode steps, stock and with branches."""
+    """Milliseconds of `steps` pairs of decode steps, stock and with branches."""
     config = branched.config.text_config
     options = {"device": device, "dtype": branched.dtype}
     length = visual_tokens + PROMPT_TOKENS

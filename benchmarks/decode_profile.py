@@ -1,11 +1,11 @@
 """
-Where the time of a branch goes in a decode step, and what the machine sets a limit to.
+Where a branch spends its time in a decode step, and the least that this machine allows.
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode_profile
 
-A step of one token reads all weights once, so on most machines its time is that of the memory. The stock model's own
-linear layers tell how fast this machine reads weights in such a step; a branch whose weights came as fast, and whose
-small operations cost nothing, would take the time in the column "floor".
+A step of one token reads all weights once, so on most machines it is limited by memory bandwidth. The stock linear
+layers show how fast this machine reads weights in such a step. The column "floor" is the time that a branch would
+take at that rate if its small operations cost nothing.
 """
 
 import statistics

@@ -1,9 +1,9 @@
 """
-What a conversation keeps with branches, in bytes, beside the stock model of the same shape.
+Bytes in the cache of a conversation, with branches and without.
 
     python -m benchmarks.memory
 
-Both models read the same images; counted is every tensor that hangs on the cache afterwards, each storage once.
+After a prefill of the same size, all tensors of the cache are counted, each storage once.
 """
 
 import torch
@@ -19,7 +19,7 @@ TEXT_TOKENS = 64
 
 
 def tensors(holder: CacheLayerMixin | VisualMemory) -> list[torch.Tensor]:
-    """All tensors of a cache layer, and of the memory that rides with it."""
+    """All tensors of a cache layer, those of the visual memory included."""
     found = []
     for value in vars(holder).values():
         if isinstance(value, VisualMemory):

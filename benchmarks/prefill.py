@@ -1,13 +1,13 @@
 """
-What reading the prompt costs with branches, as a ratio to the stock model of the same shape in the same run.
+Cost of the prompt with branches, as a ratio to the stock model of the same shape in the same run.
 
     python -m benchmarks.prefill
     python -m benchmarks.prefill --shape 8B --device cuda --dtype bfloat16
 
-Prefill is the decoder's forward pass over an image of so many visual tokens and 64 tokens of text, into an empty
-cache. Time to first token is `generate()` of one token, vision tower included; the tower is a small one, so that the
-decoder's share is large. Runs of the two models are interleaved; printed are medians, and the quartiles of the ratios
-of neighbouring runs.
+Prefill is the decoder's forward pass over an image of `--visual_tokens` and 64 tokens of text, with an empty cache.
+Time to first token is `generate()` of one token, vision tower included; the tower is small, so that the decoder's
+share is large. Runs of the two models are interleaved. Prints medians, and quartiles of the ratios of neighbouring
+runs.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
 def measure(
     function: Callable[[torch.nn.Module, int], None], models: dict[str, torch.nn.Module], visual_tokens: int, runs: int
 ) -> list[tuple[float, float]]:
-    """Milliseconds of `runs` neighbouring runs, stock and with branches."""
+    """Milliseconds of `runs` pairs of runs, stock and with branches."""
 
     def run(name: str) -> float:
         return milliseconds(lambda: function(models[name], visual_tokens), models[name].device.type)

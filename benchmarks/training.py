@@ -1,12 +1,12 @@
 """
-What a training step costs: PVM beside LoRA (rank 16, all linear layers of the language model) and full fine-tuning.
+Cost of a training step: PVM, LoRA (rank 16, all linear layers of the language model) and full fine-tuning.
 
     python -m benchmarks.training
     python -m benchmarks.training --shape 8B --device cuda --dtype bfloat16 --visual_tokens 1024
 
-A step is forward and backward of one conversation and AdamW, through train.py's own loss; kept for backward are the
-bytes that autograd holds at the end of the forward pass, parameters aside. Steps of the methods are interleaved;
-printed are medians and the ratios to LoRA's.
+A step is forward and backward of one conversation with train.py's loss, and AdamW. "Kept for backward" are the bytes
+that autograd holds after the forward pass, without parameters. Steps of the methods are interleaved. Prints medians,
+and ratios to LoRA.
 """
 
 import statistics
@@ -26,7 +26,7 @@ WARM_UP = 1
 
 
 def batch_of(model: torch.nn.Module, visual_tokens: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """A conversation with one image in front, whose last half of the text is the answer."""
+    """An image, then text, the second half of which is the answer."""
     vision, device = model.config.vision_config, model.device
     patches, rows = visual_tokens * vision.spatial_merge_size**2, 2 * vision.spatial_merge_size
     patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -51,14 +51,14 @@ def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward, parameters aside, each storage once."""
+    """Bytes that a forward pass keeps for backward, without parameters, each storage once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+            storages[storage.data_ptr()] = storage  # held, so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -94,7 +94,7 @@ def main() -> None:
 
     times = {name: [] for name in methods}
     for number in tqdm(range(WARM_UP + args.steps), unit="step of each"):
-        # Who goes first changes, because what one leaves behind in caches and allocator is another's gain or loss.
+        # The order alternates, because the state of caches and allocator that one leaves affects the next.
         for name in sorted(methods, reverse=number % 2 == 1):
             times[name].append(milliseconds(lambda name=name: step(name), args.device))
     medians = {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items()}

@@ -4,9 +4,9 @@ How much memory a GPU needs to train PVM, LoRA (rank 16) or everything, from the
     python -m benchmarks.training_memory
 
 Parameters are counted on the real decoder and vision tower, on the meta device. What a layer keeps for backward is
-measured, in bf16 at the real width, on a decoder of 2 and one of 3 layers; it grows by the same amount with each layer
-and token. The rest is arithmetic: 16 bytes for a trained parameter (float32 weight, gradient, AdamW's two moments), 2
-for a frozen one. The CUDA context, fragmentation and what kernels use in passing are not in it: add 2 to 4 GiB.
+measured, in bf16 at the real width, on decoders of 2 and 3 layers; it is the same for every layer and token. The rest
+is arithmetic: 16 bytes for a trained parameter (float32 weight, gradient, AdamW's two moments), 2 for a frozen one.
+Add 2 to 4 GiB for the CUDA context, fragmentation and temporary memory of kernels.
 """
 
 import argparse
@@ -32,13 +32,13 @@ GIB = 2**30
 
 
 def kept_per_token(shape: str, method: str) -> tuple[float, float]:
-    """Bytes for backward per token: of one decoder layer, and of all else (with it the layer that has the branch)."""
+    """Bytes kept for backward per token: by a layer without a branch, and by the rest, the layer with one included."""
     kept = []
     for layers in (2, 3):
         args = argparse.Namespace(shape=shape, device="cpu", dtype="bfloat16")
         stock, model = build(args, depth=1, num_hidden_layers=layers, pvm_layers=[0], vocab_size=2000)
         batch = batch_of(model, VISUAL, TEXT)
-        batch["labels"][:, :-1] = -100  # logits are counted apart
+        batch["labels"][:, :-1] = -100  # logits are counted separately
         if method == "pvm":
             model.requires_grad_(False)
             for block in pvm_blocks(model).values():
@@ -53,7 +53,7 @@ def kept_per_token(shape: str, method: str) -> tuple[float, float]:
 
 
 def parameters(shape: str) -> dict[str, int]:
-    """Numbers of parameters: of the branches, of LoRA, and of the rest."""
+    """Number of parameters of the branches, of LoRA, and of the base."""
     text = SHAPES[shape]
     stock = Qwen3VLConfig(
         text_config=text["text_config"],
@@ -72,9 +72,9 @@ def parameters(shape: str) -> dict[str, int]:
 def main() -> None:
     command_line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_argument("--shapes", nargs="+", choices=TOWERS, default=list(TOWERS))
-    command_line.add_argument("--tokens", type=int, default=4096, help="of a batch on one GPU, visual ones included")
-    command_line.add_argument("--labels", type=int, default=1024, help="tokens among them that have a label")
-    command_line.add_argument("--gpus", type=int, default=8, help="that FSDP shards the weights over")
+    command_line.add_argument("--tokens", type=int, default=4096, help="tokens per GPU, visual ones included")
+    command_line.add_argument("--labels", type=int, default=1024, help="how many of them have a label")
+    command_line.add_argument("--gpus", type=int, default=8, help="number of GPUs over which FSDP shards the weights")
     args = command_line.parse_args()
     rows = []
     for shape in tqdm(args.shapes, unit="shape"):
@@ -90,7 +90,7 @@ def main() -> None:
             frozen = 0 if method == "full" else 2 * count["base"]
             weights = frozen + 16 * trained
             kept = args.tokens * (rest + (reached - 1) * per_layer)
-            # Checkpointed, a layer keeps its input, and one layer at a time is computed again.
+            # With checkpointing a layer keeps its input only, and one layer at a time is computed again.
             checkpointed = args.tokens * (rest + reached * hidden * 2 + per_layer)
             rows.append(
                 [

@@ -1,4 +1,4 @@
-"""The visual memory follows whatever is done to the KV cache it rides with."""
+"""What is done to a KV cache is done to its visual memory."""
 
 import copy
 
@@ -16,7 +16,7 @@ NEW_TOKENS = 10
 
 
 def generate(model, batch, **kwargs):
-    """Greedy unless told otherwise; never stops early and never writes a placeholder of an image. The new tokens."""
+    """The new tokens: greedy by default, always as many as asked for, without placeholders of images."""
     defaults = {
         "do_sample": False,
         "max_new_tokens": NEW_TOKENS,
@@ -28,7 +28,7 @@ def generate(model, batch, **kwargs):
 
 
 def positions(model, batch) -> torch.LongTensor:
-    """M-RoPE positions `[3, batch, sequence]` of whole rows, by the stock method."""
+    """M-RoPE positions `[3, batch, sequence]` of whole rows, from the stock method."""
     named = {name: value for name, value in batch.items() if not name.startswith("pixel")}
     return model.model.get_rope_index(**named)[0]
 
@@ -37,7 +37,7 @@ class Conversation:
     """
     A batch forwarded turn by turn on one cache. Each of `turns` holds the parts of every row; a turn is padded on the
     left, so a row may have padding in its middle, as in batched chat. Positions are passed if `explicit`; else the
-    model makes them from what the cache remembers.
+    model computes them from the cache.
     """
 
     def __init__(self, model, *turns: list[list], cache=None, explicit: bool = False):
@@ -55,7 +55,7 @@ class Conversation:
         self.done = self.length = 0
 
     def next_turn(self, rows: list[int] | None = None) -> torch.Tensor:
-        """Logits of the next turn on the cache, whose rows are now `rows` of those at the start."""
+        """Logits of the next turn on the cache, which now has the given `rows` of the first turn."""
         rows = list(range(len(self.turns[0]))) if rows is None else rows
         turn = tiny.inputs(*(self.turns[self.done][row] for row in rows))
         start, end = self.length, self.length + turn["input_ids"].shape[1]
@@ -89,7 +89,7 @@ def test_with_and_without_cache(rows, causal):
     tokens = generate(model, batch)
     assert tokens.tolist() == generate(model, batch, use_cache=False).tolist()
     tiny.set_gates(model, 0.0)
-    assert (tokens.tolist() == generate(model, batch).tolist()) == (rows == "text only"), "the branch decides"
+    assert (tokens.tolist() == generate(model, batch).tolist()) == (rows == "text only"), "the branches must matter"
 
 
 def test_embeddings_with_the_image_merged_in_are_refused(model):
@@ -159,7 +159,7 @@ def test_turns_on_one_cache(model, turns, kind, explicit):
 
 
 def test_chunks_that_cut_an_image(model):
-    """The decoder itself takes pieces of any length, a single token too."""
+    """The decoder takes chunks of any length, down to a single token."""
     calls = []
     language_model = model.model.language_model
     hook = language_model.register_forward_pre_hook(
@@ -193,7 +193,7 @@ def test_chunks_that_cut_an_image(model):
 
 
 def test_conversations_do_not_touch_each_other(model):
-    """Two on caches of their own, decoded in turn, with a text-only call and a batch in between."""
+    """Two conversations on separate caches, in turn, with a text-only call and a batch in between."""
     a = Conversation(model, *TURNS["an image each"])
     b = Conversation(model, [[image(8, 4, 7), text(3, 5)]], [[text(3, 6), video(2, 4, 4, 8), text(2, 7)]])
     outputs = {a: [], b: []}
@@ -222,7 +222,7 @@ def test_nothing_is_kept_on_modules(model):
 
 # ---------------------------------------------------------------------------------------------- operations on a cache
 
-# Three rows, the second without an image at first; then turns as long in every row.
+# Three rows, the second without an image in the first turn. Later turns have no padding.
 ROWS = [
     [[text(3), image(), text(4, 1)], [text(6, 4)], [text(3, 6), image(4, 8, 7), text(2, 5)]],
     [[text(10, 2)], [text(2, 7), image(seed=8), text(2, 1)], [image(seed=5), text(4, 9)]],
@@ -261,7 +261,7 @@ def test_rows_of_a_cache(model, kind, operation, before):
     assert_same_logits(rest, expected, conversation.whole["attention_mask"][rows, done:])
 
 
-def test_crop_back_to_before_an_image_and_go_on_with_another(model):
+def test_crop_an_image_and_continue_with_another(model):
     start, wrong, right = (
         [[text(3), image(), text(4, 1)]],
         [[image(4, 8, 1), text(3, 2)]],
@@ -279,7 +279,7 @@ def test_crop_back_to_before_an_image_and_go_on_with_another(model):
     assert_same_logits(other.next_turn(), other.at_once()[:, kept:])
 
 
-@pytest.mark.parametrize("kept", [4, 6])  # 6: the first visual token is the first that goes
+@pytest.mark.parametrize("kept", [4, 6])  # 6: cropped right before the first visual token
 def test_crop_everything_visual(model, kept):
     conversation = Conversation(model, [[text(5), image(), text(4, 1)]])
     conversation.next_turn()
@@ -292,7 +292,7 @@ def test_crop_everything_visual(model, kept):
 
 
 def test_crop_inside_an_image(model):
-    """Text that follows stands after all that is left of it."""
+    """The rotary position of the next text follows the largest position that is left."""
     conversation = Conversation(model, [[text(3), image(8, 8), text(4, 1)]])
     conversation.next_turn()
     for kept in range(conversation.length - 1, 4, -1):
@@ -304,7 +304,7 @@ def test_crop_inside_an_image(model):
 
 
 def test_text_in_training_leaves_the_memory_as_it_is(model):
-    """The silenced query that gives branches a gradient writes nothing where there is a memory to read."""
+    """Text-only training runs an extra query only if there is no memory, and never adds to one."""
     cache = DynamicCache(config=model.config)
     model.train()
     model(**tiny.inputs([text(3), image(), text(4, 1)]), past_key_values=cache, use_cache=True)
@@ -328,20 +328,20 @@ def test_crop_in_rows_with_different_images(model):
 def test_reset(model, kind):
     cache = new_cache(model, kind)
     for turns in (TURNS["rows that differ"], TURNS["first text, then an image"], TURNS["an image each"]):
-        if kind == "static":  # its tensors are made for the size of the batch
+        if kind == "static":  # its tensors have the batch size of the first turn
             turns = [turn[:1] for turn in turns]
         conversation = Conversation(model, *turns, cache=cache)
         outputs = torch.cat([conversation.next_turn() for _ in turns], dim=1)
         assert_same_logits(outputs, conversation.at_once(), conversation.whole["attention_mask"])
         cache.reset()
         assert get_visual_memory(cache) is None
-        if cache.get_seq_length() > 0:  # older transformers only zero a dynamic cache: it cannot be used again
+        if cache.get_seq_length() > 0:  # older transformers only zero a dynamic cache, so it cannot be reused
             assert kind == "dynamic"
             break
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_copies_go_on_independently(model, kind):
+def test_copies_are_independent(model, kind):
     """A prefix computed once and continued in two ways."""
     start = [[text(3), image(), text(4, 1)]]
     ways = [[[text(2, 2), image(4, 8, 1), text(3, 3)]], [[video(2, 4, 4, 4), text(6, 4)]]]
@@ -378,7 +378,7 @@ def test_an_offloaded_cache_leaves_the_memory_where_it_is(model):
 
 
 class ExactlyQuantizedLayer(QuantizedLayer):
-    """Quantisation without a backend and without loss: what is tested is that the memory rides with such a layer."""
+    """Quantisation without a backend and without loss, to test that such a layer carries the memory."""
 
     def _quantize(self, tensor, axis):
         return tensor.clone()
@@ -435,7 +435,7 @@ def test_compiled_decode_step(model, rows, backend):
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["positions", "no positions"])
 def test_images_of_any_size_need_two_compilations(model, explicit):
-    """The first size is compiled for itself, the second for all; text alone would be a third."""
+    """The first size is compiled for itself, the second for all sizes."""
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adapter checkpoints: what they hold, what they load into, and what is refused."""
+"""Adapter checkpoints: their content, loading, and what is refused; `use_pvm`; the code files of checkpoints."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ BATCH = inputs(*BATCHES["mixed rows"])
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Path:
-    """A stock checkpoint in several files, as the large ones are."""
+    """A stock checkpoint in several files, as large ones are."""
     folder = tmp_path_factory.mktemp("stock")
     tiny.build_stock().save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -42,7 +42,7 @@ def stock(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(stock) -> Qwen3VLPVMForConditionalGeneration:
-    """A model of that checkpoint whose branches do something."""
+    """A model from that checkpoint whose branches matter."""
     config = Qwen3VLPVMConfig.from_stock(tiny.stock_config(), pvm_layers=[1, 2], pvm_hidden_size=32)
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(stock, config=config)
     tiny.set_gates(model, 0.5)
@@ -117,7 +117,7 @@ def test_an_adapter_loads_as_the_backbone(trained, adapter):
 
 
 def test_whole_and_back(trained, adapter, stock, tmp_path):
-    """A whole checkpoint names no base, and an adapter made of it is the first one again."""
+    """A whole checkpoint names no base; an adapter saved from it is identical to the first."""
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
     model.save_pretrained(tmp_path / "whole")
     written = json.loads((tmp_path / "whole/config.json").read_text())
@@ -131,13 +131,13 @@ def test_whole_and_back(trained, adapter, stock, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
 
 
-def test_precision_is_the_base_s(trained, adapter):
+def test_dtype_applies_to_base_and_branches(trained, adapter):
     half = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("elsewhere", ["class", "auto"])
-def test_a_base_that_lies_elsewhere(trained, adapter, stock, tmp_path, elsewhere):
+def test_a_base_at_another_place(trained, adapter, stock, tmp_path, elsewhere):
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "gone"))
     load = Qwen3VLPVMForConditionalGeneration.from_pretrained
     with pytest.raises(OSError, match=r"holds PVM branches only.*gone.*base_model_name_or_path"):
@@ -170,15 +170,15 @@ def test_an_incomplete_base_is_refused(adapter, stock, tmp_path):
 
 @pytest.mark.parametrize("revision", ["a" * 40, "b" * 40, None])
 def test_another_revision_of_the_base_is_warned_about(trained, stock, tmp_path, caplog, monkeypatch, revision):
-    """The revision of a downloaded file is told by where it lies in the cache."""
+    """The revision of a downloaded file is in its path in the cache."""
     base = stock if revision is None else tmp_path / "models--org--base" / "snapshots" / revision
     if revision is not None:
         shutil.copytree(stock, base)
     trained.save_pretrained(tmp_path / "adapter", adapter_only=True)
     text_config = json.loads((tmp_path / "adapter/config.json").read_text())["text_config"]
-    mark = {"method": "pvm", "step": 7, "base_model": "org/base", "base_revision": "a" * 40}
+    metadata = {"method": "pvm", "step": 7, "base_model": "org/base", "base_revision": "a" * 40}
     edit_config(
-        tmp_path / "adapter", base_model_name_or_path=str(base), text_config={**text_config, "pvm_training": mark}
+        tmp_path / "adapter", base_model_name_or_path=str(base), text_config={**text_config, "pvm_training": metadata}
     )
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / "adapter")
@@ -192,7 +192,7 @@ def test_incomplete_branches_are_refused(adapter):
         Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
 
 
-def test_incomplete_branches_are_refused_without_a_mark(trained, tmp_path):
+def test_incomplete_branches_are_refused_without_metadata(trained, tmp_path):
     model = tiny.build()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -204,7 +204,7 @@ def test_incomplete_branches_are_refused_without_a_mark(trained, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -2 * MAX_GATE, 1e30])
 @pytest.mark.parametrize("whole", [True, False])
-def test_absurd_gates_are_refused(trained, tmp_path, value, whole):
+def test_corrupted_gates_are_refused(trained, tmp_path, value, whole):
     trained.save_pretrained(tmp_path, adapter_only=not whole)
     file = tmp_path / ("model.safetensors" if whole else ADAPTER_WEIGHTS_NAME)
     weights = load_file(file)
@@ -214,7 +214,7 @@ def test_absurd_gates_are_refused(trained, tmp_path, value, whole):
         Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_the_largest_gate_is_taken(trained, adapter):
+def test_the_largest_gate_is_accepted(trained, adapter):
     gate = "model.language_model.layers.2.pvm_block.gate_alpha"
     edit_weights(adapter, lambda weights: weights[gate].fill_(-MAX_GATE))
     loaded = Qwen3VLPVMForConditionalGeneration.from_pretrained(adapter)
@@ -252,7 +252,7 @@ def test_a_folder_s_name_is_not_pushed(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Branches on a base whose layers are wide enough for bitsandbytes' CPU kernels
+# For the demo's backbone, whose layers are wide enough for bitsandbytes' CPU kernels.
 FOUR_BIT = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=[r".*\.visual", "lm_head"]
 )
@@ -269,7 +269,7 @@ def describe_gray(model, base) -> torch.Tensor:
 
 
 def with_branches(base, adapter: Path, **kwargs) -> Qwen3VLPVMForConditionalGeneration:
-    """A base with branches that do something, saved as an adapter."""
+    """A base with branches that matter, saved as an adapter."""
     config = Qwen3VLPVMConfig.from_pretrained(base)
     fields = {**config.text_config.to_dict(), "pvm_hidden_size": 32}
     config = Qwen3VLPVMConfig.from_dict({**config.to_dict(), "text_config": fields})
@@ -291,7 +291,7 @@ def test_a_quantised_base_keeps_the_branches_as_they_are(base, tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in branches)
     difference = (describe_gray(loaded, base) - describe_gray(model, base)).abs().max()
     assert 0 < difference < 0.5
-    # Saved again, it is the adapter that it was: how the base is loaded is chosen each time.
+    # Saved again, the adapter is the same: quantisation is chosen at each loading.
     loaded.save_pretrained(tmp_path / "again", adapter_only=True)
     for name in (ADAPTER_WEIGHTS_NAME, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
@@ -308,7 +308,7 @@ def test_a_base_stored_in_4_bit(base, tmp_path):
 
 
 def test_a_quantised_base_in_place_of_a_plain_one_is_refused(base, tmp_path):
-    """Its weights would be taken for plain ones, and mean something else."""
+    """Its weights would be loaded as if they were not quantised."""
     with_branches(base, tmp_path / "adapter")
     for bits in ("4bit", "8bit"):
         quantised = BitsAndBytesConfig(**{f"load_in_{bits}": True}, llm_int8_skip_modules=[r".*\.visual", "lm_head"])
@@ -321,7 +321,7 @@ def test_a_quantised_base_in_place_of_a_plain_one_is_refused(base, tmp_path):
             )
 
 
-# One call without the branches
+# Calls without branches
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -337,11 +337,11 @@ def test_off_in_generate(trained, stock):
     on = trained.generate(**BATCH, **options)
     assert torch.equal(trained.generate(**BATCH, **options, use_pvm=False), base.generate(**BATCH, **options))
     assert not torch.equal(on, base.generate(**BATCH, **options)), "the branches must matter here"
-    assert torch.equal(trained.generate(**BATCH, **options), on), "it must not be remembered"
+    assert torch.equal(trained.generate(**BATCH, **options), on), "`use_pvm` must hold for one call only"
 
 
 def test_some_layers_alone(trained, stock):
-    """`use_pvm=[1]` is the model whose other gates are 0."""
+    """`use_pvm=[1]` gives the same logits as gates of 0 in all other layers."""
     alone = Qwen3VLPVMForConditionalGeneration.from_pretrained(stock, config=trained.config.__class__.from_stock(
         tiny.stock_config(), pvm_layers=[1, 2], pvm_hidden_size=32))  # fmt: skip
     alone.load_state_dict(trained.state_dict())
@@ -357,7 +357,7 @@ def test_some_layers_alone(trained, stock):
 
 @torch.no_grad()
 def test_off_and_on_again_on_one_cache(trained):
-    """What is seen while the branches are off is there when they are on."""
+    """Images are remembered while the branches are off."""
     batch = inputs([tiny.text(4), tiny.image(), tiny.text(7, 1)])
     prompt = trained(**batch, use_pvm=False)
     token = torch.tensor([[5]])
@@ -374,7 +374,7 @@ def test_a_misspelt_switch_is_refused(trained):
         trained.generate(**BATCH, max_new_tokens=2, use_pmv=False)
 
 
-# The code that travels
+# The code files of checkpoints
 
 
 HUB_FILES = sorted(file.name for file in ROOT.glob("*_qwen3vl_pvm.py"))
@@ -382,7 +382,7 @@ HUB_FILES = sorted(file.name for file in ROOT.glob("*_qwen3vl_pvm.py"))
 
 @pytest.mark.parametrize("file", HUB_FILES)
 def test_the_hub_files_import_nothing_else_and_do_nothing(file):
-    """At the top level there are imports, definitions and constants; the calls among them are these."""
+    """At the top level there are only imports, definitions and constants, and two calls."""
     tree = ast.parse((ROOT / file).read_text())
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     for node in ast.walk(tree):
@@ -400,6 +400,6 @@ def test_the_hub_files_import_nothing_else_and_do_nothing(file):
     assert kinds <= {"ImportFrom", "Assign", "AnnAssign", "Expr", "Try"}
 
 
-def test_a_checkpoint_brings_the_code_that_wrote_it(adapter):
+def test_a_checkpoint_has_the_code_that_wrote_it(adapter):
     for file in HUB_FILES:
         assert (adapter / file).read_text() == (ROOT / file).read_text()

@@ -1,4 +1,4 @@
-"""The config: defaults, conversion of a stock config, round trips, and what it refuses."""
+"""The config: defaults, conversion of stock configs, round trips, and what is refused."""
 
 import json
 
@@ -11,7 +11,7 @@ import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
 
 
-# What `strict` wraps the sentences of `validate_*` in is no ValueError; what `__post_init__` raises is.
+# `__post_init__` raises ValueError; what `validate_*` raise, `strict` wraps in an error that is not one.
 REFUSED = (ValueError, StrictDataclassError)
 
 

@@ -1,4 +1,4 @@
-"""The model's forward and backward: parity, initialisation, who reads what, training, loading and saving."""
+"""The model: parity, initialisation, who attends to what, training, saving and loading."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ from tiny import BATCHES, branches, image, text, video
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference_case"
 REFERENCE_INPUTS = ("a_one_image", "b_two_sizes_left")
-MARK = {"method": "pvm", "step": 10}
+METADATA = {"method": "pvm", "step": 10}
 
 
 def pvm_parameters(model) -> dict[str, torch.nn.Parameter]:
@@ -103,7 +103,7 @@ def test_reference_logits(reference_model, name, attn_implementation):
     torch.testing.assert_close(tiny.logits(model, batch)[real], expected["logits"][real], atol=1e-4, rtol=0)
     tiny.set_gates(model, 0.0)
     torch.testing.assert_close(tiny.logits(model, batch)[real], expected["logits_gate_zero"][real], atol=1e-4, rtol=0)
-    assert (expected["logits"] - expected["logits_gate_zero"])[real].abs().max() > 0.1, "the recording is no test"
+    assert (expected["logits"] - expected["logits_gate_zero"])[real].abs().max() > 0.1, "the branches must matter"
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -179,7 +179,7 @@ def built_directly(folder):
 
 
 def built_on_meta(folder):
-    """Made without memory and given weights later, as FSDP and others do."""
+    """Built without storage and given weights later, as by FSDP."""
     stock = Qwen3VLForConditionalGeneration.from_pretrained(folder)
     with torch.device("meta"):
         model = Qwen3VLPVMForConditionalGeneration(Qwen3VLPVMConfig.from_stock(stock.config, pvm_layers=[1, 2]))
@@ -213,7 +213,7 @@ def stock_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("way", WAYS_TO_START)
 def test_starts_as_the_stock_model(stock_folder, way):
-    # Memory that was used before shows what is left uninitialised: parameters may come to lie in it.
+    # So that uninitialised parameters are likely to get memory with large values in it.
     garbage = [torch.full((size,), 1e4) for size in (1, 16, 128, 512, 4096, 65536) for _ in range(20)]
     del garbage
     model = WAYS_TO_START[way](stock_folder).eval()
@@ -224,7 +224,7 @@ def test_starts_as_the_stock_model(stock_folder, way):
             assert parameter.item() == 0.0, name
         elif "norm" in name:
             assert (parameter == 1).all(), name
-        else:  # projections are drawn as the backbone's are: W_out too, since a gate and it both zero would be dead
+        else:  # W_out too: were it zero like the gate, neither would get a gradient
             assert parameter.float().std().item() == pytest.approx(0.02, rel=0.2), name
             assert abs(parameter.float().mean().item()) < 2e-3, name
 
@@ -259,11 +259,11 @@ def test_first_backward_reaches_every_gate_and_two_steps_move_every_branch_param
         assert moved == (".pvm_block." in name), name
 
 
-# ---------------------------------------------------------------------------------------------- who reads what
+# ---------------------------------------------------------------------------------------------- who attends to what
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_text_reads_only_images_before_it(attn_implementation):
+def test_text_attends_only_to_images_before_it(attn_implementation):
     model = tiny.build(attn_implementation=attn_implementation)
     first = [text(3), image(), text(4, 1)]
     batch, other = (tiny.inputs([*first, image(seed=seed), text(5, 2)]) for seed in (1, 2))
@@ -275,11 +275,11 @@ def test_text_reads_only_images_before_it(attn_implementation):
 
     model.config.text_config.pvm_causal = False
     a, b = tiny.logits(model, batch), tiny.logits(model, other)
-    assert (a - b)[:, :second_image].abs().amax(-1)[0, 0] > 1e-2, "without causality the first token reads it"
+    assert (a - b)[:, :second_image].abs().amax(-1)[0, 0] > 1e-2, "without causality the first token attends to it"
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_every_image_is_read(causal):
+def test_every_image_is_attended_to(causal):
     """After several images and videos the last token depends on each of them, through the branch alone."""
     model = tiny.build(pvm_layers=[3], pvm_causal=causal)
     seen = []
@@ -292,9 +292,9 @@ def test_every_image_is_read(causal):
         for seed in (0, 100):
             seeds = [index + (seed if index == changed else 0) for index in range(4)]
             row = [text(2), image(seed=seeds[0]), text(2, 1), video(2, 4, 4, seeds[1]), image(4, 8, seeds[2])]
-            with torch.no_grad():  # the same stream at the text tokens: only what the branch reads differs
+            with torch.no_grad():  # the text tokens' stream is the same: only the visual memory differs
                 tiny.logits(model, tiny.inputs([*row, text(2, 2), video(1, 4, 4, seeds[3]), text(3, 3)]))
-        assert (seen[-1] - seen[-2])[0, -1].abs().max() > 1e-3, f"visual {changed} is not read"
+        assert (seen[-1] - seen[-2])[0, -1].abs().max() > 1e-3, f"visual {changed} is not attended to"
 
 
 @pytest.mark.parametrize("attention_bias", [False, True])
@@ -344,14 +344,14 @@ def test_forward_of_a_prefix_is_the_prefix_of_the_forward(causal):
     assert equal == [causal] * (len(equal) - 1) + [True]
 
 
-def test_causality_is_to_read_what_a_prefix_holds():
-    """With its only branch in the last layer, each token's logits are those of a model that reads all of a prefix."""
+def test_causal_attention_is_attention_to_all_of_the_prefix():
+    """With its only branch in the last layer, each token's logits are the non-causal model's for the prefix."""
     causal, free = (tiny.build(pvm_layers=[3], pvm_causal=value) for value in (True, False))
     row = [text(2), image(), text(2, 1), video(2, 4, 4, 1), text(1, 2), image(4, 8, 2), text(2, 3)]
     whole = tiny.logits(causal, tiny.inputs(row))[0]
     start = 0
     for count in range(1, len(row) + 1):
-        # A prefix may not end inside of an image, and every token of a part sees the same images: those before it.
+        # A prefix cannot end inside an image, and all tokens of a part attend to the same images: those before it.
         prefix = tiny.logits(free, tiny.inputs(row[:count]))[0]
         if isinstance(row[count - 1], list):
             torch.testing.assert_close(whole[start : len(prefix)], prefix[start:], atol=1e-5, rtol=1e-5)
@@ -376,13 +376,13 @@ def test_visual_positions_get_nothing_and_cost_nothing():
     assert (injected[visual] == 0).all()
     assert (injected[~after_an_image] == 0).all()
     assert (injected[after_an_image & ~visual] > 1e-2).all()
-    # Only text that sees something goes through the branch: as many queries as the row that has most.
+    # Only text that attends to something goes through the branch; the row with the most sets the number of queries.
     assert queries[0] == (after_an_image & ~visual).sum(1).max()
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_softmax_over_an_empty_row(causal):
-    """Queries that see nothing are zeroed after the attention, whose kernels may give NaN for a row without a key."""
+    """Queries without keys are zeroed after the attention, whose kernels may give NaN for them."""
     model = tiny.build(pvm_causal=causal)
     masks = []
     for block in branches(model):
@@ -407,12 +407,12 @@ def test_eager_equals_sdpa():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ["one image", "several images"])
 def test_flash_attention_gets_neither_a_mask_nor_float32(monkeypatch, rows, dtype):
-    """A stand-in for flash attention in the branch: it cannot run here, so what reaches it is looked at."""
+    """Flash attention needs a GPU, so a stand-in checks what it would get."""
     reached = []
 
     def flash(module, query, key, value, attention_mask, **kwargs):
         if isinstance(module, Qwen3VLPVMCrossAttention):
-            assert attention_mask is None and query.dtype == torch.bfloat16 and not kwargs["is_causal"]
+            assert attention_mask is None and query.dtype == torch.bfloat16 and not module.is_causal
             reached.append(module.layer_idx)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -423,7 +423,7 @@ def test_flash_attention_gets_neither_a_mask_nor_float32(monkeypatch, rows, dtyp
     expected = tiny.logits(model, batch)
     model.model.language_model.config._attn_implementation = "flash_stand_in"
     torch.testing.assert_close(tiny.logits(model, batch), expected)
-    # Several images need a mask, since each text reads those before it: then it is sdpa that runs.
+    # Several images need a mask, because each text attends to those before it: then sdpa runs.
     assert reached == ([1, 2] if rows == "one image" and dtype == torch.bfloat16 else [])
 
 
@@ -442,12 +442,12 @@ def test_float32_branch_in_a_bfloat16_model():
 # ---------------------------------------------------------------------------------------------- recording
 
 
-# The stock Qwen3VLModel of older transformers wraps the decoder's output in a class that has no place for it.
+# The stock Qwen3VLModel of older transformers returns a class without a field for it.
 OLD_OUTPUT_CLASS = hasattr(modeling_qwen3_vl, "Qwen3VLModelOutputWithPast")
 
 
 def decoder_inputs(model, batch) -> dict:
-    """What `model.model` hands to the decoder."""
+    """The arguments with which `model.model` calls the decoder."""
     calls = []
     decoder = model.model.language_model
     hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -554,7 +554,7 @@ def test_vision_tower_learns_through_the_branch():
     model = tiny.build().train()
     injected = []
     (block, _) = branches(model)
-    # The text's side is cut off, so that what is left comes through keys and values.
+    # Queries are detached, so that gradients come through keys and values only.
     block.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
     block.register_forward_hook(lambda module, args, output: injected.append(output))
     model(**tiny.inputs(*BATCHES["one image"]))
@@ -580,7 +580,7 @@ def test_training_on_text_only_gives_every_branch_parameter_a_zero_gradient():
     for name, gradient in gradients(model, batch).items():
         assert (gradient == 0).all(), name
     assert all(parameter.grad is not None for parameter in pvm_parameters(model).values())
-    assert torch.equal(tiny.logits(model, batch), tiny.logits(model.eval(), batch)), "and changes nothing"
+    assert torch.equal(tiny.logits(model, batch), tiny.logits(model.eval(), batch)), "the extra query must not matter"
 
 
 def test_frozen_layers_below_the_first_branch_are_not_differentiated():
@@ -594,7 +594,7 @@ def test_frozen_layers_below_the_first_branch_are_not_differentiated():
 
 @pytest.mark.parametrize("trained_below", [False, True])
 def test_frozen_layers_below_the_first_branch_are_not_run_again(trained_below):
-    """With checkpointing a layer runs twice if it is differentiated: all from the first that trains, and no other."""
+    """With checkpointing, layers run twice from the first trained one on, and those below it once."""
     model = train_branches_only(tiny.build(pvm_layers=[2, 3]))
     layers = model.model.language_model.layers
     if trained_below:  # as LoRA may
@@ -630,7 +630,7 @@ def test_save_and_load_bit_for_bit(model, tmp_path):
 
 
 def test_layers_on_disk(model, tmp_path):
-    model.config.text_config.pvm_training = MARK  # gates that cannot be looked at count as open
+    model.config.text_config.pvm_training = METADATA  # gates on disk are not checked
     model.save_pretrained(tmp_path / "model")
     decoder = "model.language_model"
     places = {f"{decoder}.layers.{index}": "disk" if index in (1, 2) else "cpu" for index in range(4)}
@@ -668,7 +668,7 @@ print(json.dumps(names))
 
 
 def test_loads_through_auto_classes_from_a_folder_alone(model, tmp_path):
-    """In a new process that knows nothing of this checkout."""
+    """In a new process outside of this checkout."""
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
     model.save_pretrained(folder)
@@ -677,7 +677,7 @@ def test_loads_through_auto_classes_from_a_folder_alone(model, tmp_path):
     batch = tiny.inputs(*BATCHES["one image"])
     save_file(batch, tmp_path / "inputs.safetensors")
     save_file({"logits": model(**batch).logits.detach()}, tmp_path / "logits.safetensors")
-    # The one thing taken along: what makes torchvision importable on machines whose wheel does not match.
+    # The only file from this checkout: it makes torchvision importable on machines whose wheel does not match.
     fallback = ROOT / "pvm" / "torchvision_fallback.py"
     (elsewhere / "pvm_torchvision.py").write_text(fallback.read_text() + "\nimport_torchvision()\n")
     (elsewhere / "load.py").write_text(LOAD_ELSEWHERE)
@@ -726,9 +726,9 @@ def test_refuses_the_config_of_a_stock_model():
         Qwen3VLPVMForConditionalGeneration(tiny.stock_config())
 
 
-def save_with(model, folder, gate: float, mark: dict | None, with_branches: bool = True):
+def save_with(model, folder, gate: float, metadata: dict | None, with_branches: bool = True):
     tiny.set_gates(model, gate)
-    model.config.text_config.pvm_training = mark
+    model.config.text_config.pvm_training = metadata
     model.save_pretrained(folder)
     if not with_branches:
         weights = load_file(folder / "model.safetensors")
@@ -739,20 +739,20 @@ def save_with(model, folder, gate: float, mark: dict | None, with_branches: bool
 
 @pytest.mark.parametrize("model_class", [Qwen3VLPVMForConditionalGeneration, Qwen3VLPVMModel])
 def test_refuses_a_trained_checkpoint_without_its_branches(model, tmp_path, model_class):
-    save_with(model, tmp_path, gate=1.0, mark=MARK, with_branches=False)
+    save_with(model, tmp_path, gate=1.0, metadata=METADATA, with_branches=False)
     with pytest.raises(ValueError, match=r"branches were trained.*'step': 10.*30 of their \d+ weights are missing"):
         model_class.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("model_class", [Qwen3VLPVMForConditionalGeneration, Qwen3VLPVMModel])
 def test_refuses_a_trained_checkpoint_with_all_gates_zero(model, tmp_path, model_class):
-    save_with(model, tmp_path, gate=0.0, mark=MARK)
+    save_with(model, tmp_path, gate=0.0, metadata=METADATA)
     with pytest.raises(ValueError, match=r"branches were trained.*all gates are exactly 0"):
         model_class.from_pretrained(tmp_path)
 
 
 def test_accepts_a_trained_checkpoint_with_one_gate_open(model, tmp_path):
-    save_with(model, tmp_path, gate=0.0, mark=MARK)
+    save_with(model, tmp_path, gate=0.0, metadata=METADATA)
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.language_model.layers.2.pvm_block.gate_alpha"].fill_(-0.25)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -760,14 +760,14 @@ def test_accepts_a_trained_checkpoint_with_one_gate_open(model, tmp_path):
     assert [block.gate_alpha.item() for block in branches(again)] == [0.0, -0.25]
 
 
-def test_refuses_an_unmarked_checkpoint_without_its_branches(model, tmp_path):
-    save_with(model, tmp_path, gate=0.0, mark=None, with_branches=False)
+def test_refuses_a_checkpoint_without_metadata_and_branches(model, tmp_path):
+    save_with(model, tmp_path, gate=0.0, metadata=None, with_branches=False)
     with pytest.raises(ValueError, match="holds PVM branches, but 30 of their 30 weights are missing"):
         Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_accepts_an_unmarked_checkpoint(model, tmp_path):
-    save_with(model, tmp_path, gate=0.0, mark=None)
+def test_accepts_a_checkpoint_without_metadata(model, tmp_path):
+    save_with(model, tmp_path, gate=0.0, metadata=None)
     again = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path)
     assert [block.gate_alpha.item() for block in branches(again)] == [0.0, 0.0]
 
@@ -806,7 +806,7 @@ def test_text_as_embeddings_is_accepted(model):
 # ---------------------------------------------------------------------------------------------- peft
 
 
-def test_lora_beside_the_branches(model):
+def test_lora_together_with_branches(model):
     batch = tiny.inputs(*BATCHES["several images"])
     expected = tiny.logits(model, batch)
     config = peft.LoraConfig(

@@ -1,8 +1,8 @@
 """
 Every mode of generate() against the plain path: batch 1, no cache, the whole sequence in one forward pass.
 
-A mode is exact when it writes the plain path's tokens and its logits are no further from the plain path's than those
-of the stock model are in the same mode, plus 1e-5.
+A mode is exact if it writes the plain path's tokens, and its logits differ from the plain path's by at most what the
+stock model's do in the same mode, plus 1e-5.
 """
 
 import copy
@@ -19,8 +19,8 @@ from tiny import BATCHES, image, text, video
 
 
 NEW_TOKENS = 10
-SILENT = [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN]  # placeholders are never written
-# Before encoder outputs were handed through generate(), a chunk had to hold all of the images.
+SILENT = [tiny.IMAGE_TOKEN, tiny.VIDEO_TOKEN]  # placeholders of images and videos are never written
+# Before generate() passed encoder outputs on, the first chunk had to have all images.
 OLD_CHUNKS = "mm_encoder_outputs" not in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
 ROWS = {
     **BATCHES,
@@ -34,7 +34,7 @@ ROWS = {
 
 
 def generate(model, batch, **kwargs):
-    """Greedy unless told otherwise, never stops early."""
+    """Greedy by default, never stops early."""
     defaults = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": tiny.PAD_TOKEN}
     return model.generate(
         **batch, suppress_tokens=SILENT, return_dict_in_generate=True, output_logits=True, **{**defaults, **kwargs}
@@ -42,19 +42,19 @@ def generate(model, batch, **kwargs):
 
 
 def plain_logits(model, row: list, tokens: list[int]) -> torch.Tensor:
-    """`[tokens, vocabulary]`: what the plain path says at each of the tokens that follow a row."""
+    """`[tokens, vocabulary]`: the plain path's logits for each of the tokens after a row."""
     return tiny.logits(model, tiny.inputs([*row, tokens]))[0, -len(tokens) - 1 : -1]
 
 
 def assert_greedy(plain: torch.Tensor, tokens: list[int]):
-    """The tokens are what the plain path writes."""
+    """The tokens are those that the plain path writes."""
     plain = plain.clone()
     plain[:, SILENT] = -torch.inf
     assert plain.argmax(-1).tolist() == tokens
 
 
 def deviation(model, rows: list[list], exact: bool = True, **mode) -> float:
-    """Largest difference of a logit in this mode from the plain path; unless lossy, the tokens must be equal."""
+    """Largest difference of a logit in this mode from the plain path; if `exact`, the tokens must be equal."""
     batch = tiny.inputs(*rows)
     output = generate(model, batch, **mode)
     new_tokens = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
@@ -89,7 +89,7 @@ def test_caches(model, stock, mode, rows):
 
 @pytest.mark.parametrize("rows", ["one image", "images of all sizes"])
 def test_compiled(model, stock, rows):
-    """As generate() compiles by itself on an accelerator."""
+    """With the settings of generate() on an accelerator, where it compiles by itself."""
     torch.compiler.reset()
     config = CompileConfig(fullgraph=True, backend="eager")
     config._compile_all_devices = True
@@ -105,16 +105,16 @@ def test_attention_implementations(stock, attn_implementation, rows):
     assert_exact(model, stock, ROWS[rows])
 
 
-@pytest.mark.skipif(OLD_CHUNKS, reason="what this version of transformers can quantise with is not installed here")
+@pytest.mark.skipif(OLD_CHUNKS, reason="this version of transformers has no quantised cache without another package")
 def test_quantized_cache_is_no_further_off_than_the_stock_model(model, stock):
-    """Keys and values of self-attention lose precision; the visual memory is kept as it is."""
+    """Keys and values of self-attention lose precision; the visual memory is not quantised."""
     mode = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     rows = [[text(3, seed), image(seed=seed), text(4, seed + 1), video(seed=seed)] for seed in range(6)]
     ours, theirs = (sum(deviation(m, [row], exact=False, **mode) for row in rows) for m in (model, stock))
     assert 1e-3 < ours <= theirs
 
 
-@pytest.mark.skipif(OLD_CHUNKS, reason="the stock model of this version of transformers cannot either")
+@pytest.mark.skipif(OLD_CHUNKS, reason="nor can the stock model of this version of transformers")
 @pytest.mark.parametrize("size", [1, 3, 5, 8, 11])
 @pytest.mark.parametrize("rows", ["several images", "video", "images of all sizes"])
 def test_prefill_in_chunks(model, stock, rows, size):
@@ -132,7 +132,7 @@ SPECULATIVE = {
 @pytest.mark.parametrize("row", SPECULATIVE)
 @pytest.mark.parametrize("way", ["prompt lookup", "by a copy", "by another model"])
 def test_speculative_decoding(model, stock, monkeypatch, way, row):
-    """Candidates that are refused are cropped from the cache, of all layers."""
+    """Rejected candidates are cropped from the cache, and so from the memory."""
     cropped = []
     crop = VisualMemoryLayerMixin.crop
     monkeypatch.setattr(VisualMemoryLayerMixin, "crop", lambda self, *args: (cropped.append(args), crop(self, *args)))
@@ -145,7 +145,7 @@ def test_speculative_decoding(model, stock, monkeypatch, way, row):
     difference = deviation(model, [SPECULATIVE[row]], max_new_tokens=20, **mode(model))
     assert difference <= deviation(stock, [SPECULATIVE[row]], max_new_tokens=20, **mode(stock)) + 1e-5
     if way != "by a copy":
-        assert any(args[0] < 0 for args in cropped), "nothing was refused: no test"
+        assert any(args[0] < 0 for args in cropped), "no candidate was rejected, so nothing was tested"
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -156,7 +156,7 @@ def test_speculative_decoding(model, stock, monkeypatch, way, row):
     ids=["3 beams", "2 sequences of 2 beams"],
 )
 def test_beams(model, stock, mode, cache, rows):
-    """Of each row as if alone and without a cache: tokens, and the probability of the whole sequence."""
+    """Tokens and scores of each row are those of the row alone without a cache."""
 
     def scores(model):
         batch = tiny.inputs(*ROWS[rows])
@@ -183,7 +183,7 @@ def test_sampling_of_several_sequences(model, cache, rows):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_input_embeddings(model, rows):
-    """With all else that a processor returns; the stock model drops M-RoPE here."""
+    """Instead of ids, with everything else that a processor returns; the stock model drops M-RoPE here."""
     batch = tiny.inputs(*ROWS[rows])
     batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
     for row, tokens in zip(ROWS[rows], generate(model, batch).sequences.tolist(), strict=True):
@@ -205,7 +205,7 @@ def pad(values: torch.Tensor, left: int, fill: int) -> torch.Tensor:
 
 
 class Chat:
-    """A conversation with one model on one cache by generate(): each turn brings its own images and is answered."""
+    """A conversation with generate() on one cache; each turn has its own images and is answered."""
 
     def __init__(self, model, rows: list[list], cache=None):
         self.model = model
@@ -253,7 +253,7 @@ def test_turns_of_a_chat(model, turns, whole):
 
 
 def test_turns_of_a_batch_of_chats(model):
-    """Rows differ in every turn, so there is padding in their middle."""
+    """Rows have different lengths in every turn, so there is padding in their middle."""
     chat = Chat(model, [[], [], []])
     for rows in (
         [[text(3), image(), text(4, 1)], [text(6, 4)], [text(3, 6), image(4, 8, 7), text(2, 5)]],
@@ -277,7 +277,7 @@ def test_a_prefix_computed_once_and_continued_twice(model):
 
 
 def test_all_images_of_a_continued_chat_are_refused(model):
-    """The stock model dies of a mismatch of features; here the message says what to pass."""
+    """The stock model fails with mismatched features; here the message says what to pass."""
     chat = Chat(model, [[]])
     chat.turn([TURNS["an image each"][0]])
     row = [*chat.rows[0], *TURNS["an image each"][1]]
@@ -287,7 +287,7 @@ def test_all_images_of_a_continued_chat_are_refused(model):
 
 @pytest.mark.parametrize("old", [False, True], ids=["new pixels", "old pixels, too"])
 def test_pixels_of_another_pass_are_refused_by_forward(model, old):
-    """In a text turn, and in one with an image of its own."""
+    """In a turn of text, and in one with a new image."""
     first, second = TURNS["an image each"]
     cache = DynamicCache(config=model.config)
     tiny.logits(model, tiny.inputs(first), past_key_values=cache, use_cache=True)
@@ -317,8 +317,8 @@ def test_grids_without_pixels_are_refused(model):
 
 
 @pytest.mark.parametrize("types", ["none", "zero", "too short", "of all"])
-def test_places_are_told_by_the_tokens(model, types):
-    """Where images are, the stock model sees in the tokens and learns a second time from `mm_token_type_ids`."""
+def test_images_are_found_by_their_tokens(model, types):
+    """Whatever `mm_token_type_ids` are, from which the stock model takes rotary positions."""
     first, second = TURNS["an image each"]
     whole, turn = tiny.inputs([*first, *second]), tiny.inputs(second)
     cache = DynamicCache(config=model.config)
@@ -380,7 +380,7 @@ CONVERSATIONS = [
 
 
 def test_conversations_in_turn(model):
-    """On one model, batch sizes differ, and calls without an image or a cache come in between."""
+    """With different batch sizes, and calls without images or cache in between."""
     chats = [Chat(model, turns[0]) for turns in CONVERSATIONS]
     for turn in range(3):
         for chat, turns in zip(chats, CONVERSATIONS, strict=True):

@@ -1,6 +1,6 @@
 """
-Properties that hold for every layout of text, images and videos: a forward pass of a prefix is the prefix of the
-forward pass, in however many pieces a cache is filled; and a row of a batch does not know of the others.
+Properties that hold for every layout of text, images and videos: the logits of a prefix are the prefix of the logits,
+also if a cache is filled in several turns, and rows of a batch do not affect each other.
 """
 
 import itertools
@@ -27,12 +27,12 @@ sides = st.sampled_from([4, 8, 12])
 texts = st.builds(tiny.text, st.integers(1, 6), seeds)
 images = st.builds(tiny.image, sides, sides, seeds)
 videos = st.builds(tiny.video, st.integers(1, 3), sides, sides, seeds)
-# A turn of a conversation; its row begins with text, so that none is empty.
+# A turn of a conversation; it begins with text, so that none is empty.
 turns = st.builds(lambda first, rest: [first, *rest], texts, st.lists(st.one_of(texts, images, videos), max_size=4))
 
 
 def joined(turns) -> list:
-    """A row of all the parts."""
+    """One row with the parts of all turns."""
     return list(itertools.chain.from_iterable(turns))
 
 
@@ -55,8 +55,8 @@ def test_prefix(row):
         lambda size: st.lists(st.lists(turns, min_size=size, max_size=size), min_size=1, max_size=4)
     )
 )
-def test_pieces_on_a_cache(rows):
-    """`rows` are turns of as many conversations, padded turn by turn."""
+def test_turns_on_a_cache(rows):
+    """Each of `rows` is a turn of all conversations, padded to the longest."""
     model = MODEL[True]
     cache = DynamicCache(config=model.config)
     outputs, mask = [], torch.zeros(len(rows[0]), 0, dtype=torch.long)

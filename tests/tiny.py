@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL with branches and inputs for it, made in place: nothing is downloaded and nothing has seen data."""
+"""A tiny untrained Qwen3-VL with branches, and inputs for it; nothing is downloaded."""
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -73,7 +73,7 @@ def build_stock(text: dict | None = None, seed: int = 0, **fields) -> Qwen3VLFor
 
 
 def build(config: Qwen3VLPVMConfig | None = None, gate: float = 1.0, seed: int = 0, **pvm_fields):
-    """A model whose gates stand at `gate` and whose biases and norms are random, so that none can be forgotten."""
+    """A model with all gates at `gate`, and random biases and norms in its branches, so that each of them matters."""
     torch.manual_seed(seed)
     model = Qwen3VLPVMForConditionalGeneration(config or pvm_config(**pvm_fields)).eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def image(height: int = 4, width: int = 4, seed: int = 0) -> dict:
 
 
 def video(frames: int = 2, height: int = 4, width: int = 4, seed: int = 0) -> dict:
-    """A random video; in the text each of its frames follows a token for its time stamp."""
+    """A random video; in the text, a token for its time stamp precedes each frame."""
     return {"token": VIDEO_TOKEN, "grid": (frames, height, width), "seed": seed}
 
 
@@ -148,7 +148,7 @@ def inputs(*rows: list, padding_side: str = "left") -> dict[str, torch.Tensor]:
     return batch
 
 
-# Rows for every kind of batch: no image, one, several of different sizes, a video, and all of it in rows that differ.
+# Every kind of batch: no image, one, several of different sizes, a video, and a mix.
 BATCHES = {
     "text only": [[text(9)]],
     "one image": [[text(4), image(), text(7, 1)]],
@@ -167,5 +167,5 @@ BATCHES = {
 
 @torch.no_grad()
 def logits(model, batch: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
-    """`[batch, sequence, vocabulary]` of a forward pass that keeps no cache, unless told to."""
+    """`[batch, sequence, vocabulary]` of a forward pass, without a cache by default."""
     return model(**batch, **{"use_cache": False, **kwargs}).logits

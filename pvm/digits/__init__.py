@@ -1,1 +1,1 @@
-"""The embedded default: boards of handwritten digits, and a tiny Qwen3-VL that reads them."""
+"""The demo: boards of handwritten digits, and a tiny Qwen3-VL to read them."""

@@ -36,7 +36,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# Qwen3-VL's own format: no system message is invented, images and videos are wrapped in vision marks.
+# Qwen3-VL's format, without a default system message.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
@@ -62,12 +62,12 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer class and splitting rules over the world's words: one token a word, bytes for all else."""
+    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the world: one token per word, else bytes."""
     blank = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = blank.pre_tokenizer
     tokenizer.normalizer = blank.normalizer
-    # Merging goes on until no pair is left, so that every word of the texts ends as one token.
+    # `vocab_size` is not reached: pairs are merged until every word of the texts is one token.
     tokenizer.train_from_iterator(
         world.texts(),
         BpeTrainer(
@@ -86,7 +86,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_processor() -> Qwen3VLProcessor:
-    """A processor whose visual token covers 8 x 8 pixels: one digit of a board."""
+    """A processor whose visual tokens cover 8 x 8 pixels each: one digit of a board."""
     pixels = {"shortest_edge": 8 * 8, "longest_edge": 256 * 256}
     shared = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
     normalize = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -146,13 +146,13 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
 
 
 def build_backbone(seed: int = 0) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
-    """The untrained model, drawn from `seed`, and its processor."""
+    """The model with initial weights from `seed`, and its processor."""
     processor = build_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(build_config(tokenizer))
-    # With the usual 0.05, positions are lost beside the pixels, and names beside what the first layer adds to them:
-    # where a digit is would be learned very late, and from rotary positions, which PVM does not see.
+    # With the usual 0.05, position embeddings are negligible compared to pixels, and names compared to what the first
+    # layer adds to them: the model would learn late where a digit is, and from rotary positions, which PVM lacks.
     torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=0.5)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     model.generation_config = GenerationConfig(

@@ -4,9 +4,9 @@
     python -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
 
 The stage `adapt` is what PVM and LoRA are trained on (some tokens between image and question) and what everything is
-tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distance
-only; longer texts without an image (names to repeat, boards in words) let it meet long contexts at all.
-Its rows are in training order, in blocks of one kind: train on it with `--train_sampling_strategy sequential`.
+tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distances
+only, and longer texts without an image (names to repeat, boards in words), so that it learns long contexts. Its rows
+are in training order, in blocks of one kind: train on it with `--train_sampling_strategy sequential`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -33,8 +33,8 @@ FEATURES = Features(
 
 
 TRAIN_ROWS = {"adapt": 3_360, "backbone": 24_000}
-BLOCK = 16  # rows of one kind in a row, a micro-batch: long and short ones together would be mostly padding
-LIST_BLOCKS = 480  # the backbone first learns where cells are
+BLOCK = 16  # successive rows of one kind, a micro-batch: long and short rows together would be mostly padding
+LIST_BLOCKS = 480  # at the start, so that the backbone first learns where cells are
 TEST_FILLERS = (0, 64, 128, 256, 512, 1024)
 TEST_QUESTIONS = 240  # per filler length, one question a conversation
 TEST_READS = 64  # whole boards, no filler
@@ -104,7 +104,7 @@ def test_rows(digits: world.Digits, rng: np.random.Generator) -> Iterator[dict]:
 
 
 def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: int | None = None) -> None:
-    """Writes train.parquet (`number` rows) and test.parquet into `output_dir`; the same arguments, the same rows."""
+    """Write train.parquet (`number` rows) and test.parquet to `output_dir`; the same arguments give the same rows."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     number = TRAIN_ROWS[stage] if number is None else number
@@ -124,8 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder for train.parquet and test.parquet")
     parser.add_argument("--stage", choices=sorted(TRAIN_ROWS), default="adapt", help="which training conversations")
-    parser.add_argument("--seed", type=int, default=0, help="the boards, texts and questions; never the digit split")
-    parser.add_argument("--train_rows", type=int, default=None, help="default: what the stage's recipe needs")
+    parser.add_argument("--seed", type=int, default=0, help="of boards, texts and questions, not of the digit split")
+    parser.add_argument("--train_rows", type=int, default=None, help="default: as many as the stage's recipe uses")
     args = parser.parse_args(arguments)
     write(args.output_dir, args.stage, args.seed, args.train_rows)
 

@@ -1,10 +1,10 @@
 """Boards of real handwritten digits, and two tasks on them.
 
 A board is a 4 x 4 grid of 8 x 8 pixel digits (scikit-learn's 1,797), 32 x 32 pixels in all; the tiny backbone sees one
-visual token per digit. Cells have names, alpha to papa, so that exactly the digits of an answer are its scored pieces.
+visual token per digit. Cells have names, alpha to papa, not numbers, because every digit in an answer is scored.
 
-- `cell`: after some tokens of unrelated text, "Cell golf?" -> "7". The axis is the distance from the image.
-- `read`: "Read alpha to papa." -> those cells are read aloud, a fixed phrase each. The axis is the depth.
+- `cell`: after some tokens of unrelated text, "Cell golf?" -> "7". Varies the distance from the image.
+- `read`: "Read alpha to papa." -> a fixed phrase for each of these cells. Varies the depth in the answer.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ NAMES = tuple(
 )
 CELLS = range(SIDE * SIDE)  # row by row, named in this order
 TEST_DIGITS = 360  # of 1,797
-SPLIT_SEED = 0  # the split is part of the world: the same digits are held out at every seed
+SPLIT_SEED = 0  # fixed: the same digits are held out whatever the seed of the data
 
 FILLER_WORDS = tuple(
     """apple barn bell bird boat book bread bridge brook candle castle chair cheese church cloud coast coffee copper
@@ -43,7 +43,7 @@ def read_instruction(first: int, last: int) -> str:
 
 
 def list_instruction(first: int, last: int) -> str:
-    """The text that asks for the same in brief."""
+    """The text that asks for the cells `first` to `last` (both included) in short."""
     return f"List {NAMES[first]} to {NAMES[last]}."
 
 
@@ -58,12 +58,12 @@ def name_instruction(cell: int) -> str:
 
 
 def cell_phrase(cell: int, digit: int) -> str:
-    """How a cell is announced when a board is read aloud: 9 tokens, the last but one is the digit."""
+    """How a cell is read aloud: 9 tokens, the digit second to last."""
     return f"The digit in cell {NAMES[cell]} is {digit}."
 
 
 def texts() -> list[str]:
-    """Texts that hold every word of the world in every form it takes; the tokenizer is made from them."""
+    """Texts with every word of the world in each of its forms, to train the tokenizer on."""
     return [
         "user\nassistant\nsystem\n",
         " ".join(str(digit) for digit in range(10)),
@@ -122,7 +122,7 @@ def text_board(labels: dict[int, int]) -> str:
 def _opening(
     digits: Digits, length: int, in_words: bool, rng: np.random.Generator
 ) -> tuple[list, dict[int, int], str]:
-    # Filler stands between a board and the question where the board is an image, and before it where it is in words.
+    # Filler is between image and question, or before a board in words.
     picture, labels = digits.board(rng)
     text = filler(length, rng)
     return ([], labels, f"{text}\n{text_board(labels)}\n") if in_words else ([picture], labels, f"{text}\n")
@@ -155,9 +155,9 @@ def list_row(
     digits: Digits, length: int, first: int, last: int, rng: np.random.Generator, in_words: bool = False
 ) -> dict:
     """
-    A conversation to train on: a board, `length` tokens of filler, then the cells `first` to
-    `last` in brief, as "golf7 hotel3". With the digit right after the name, where a cell is can be learned in one
-    attention layer; the other tasks need two, and a model that starts with them learns it very late.
+    A conversation to train on: a board, `length` tokens of filler, then the cells `first` to `last` in short, as
+    "golf7 hotel3". With the digit right after the name, one attention layer is enough to learn where cells are. The
+    other tasks need two, and a model that starts with them learns it very late.
     """
     images, labels, opening = _opening(digits, length, in_words, rng)
     answer = text_board({cell: labels[cell] for cell in range(first, last + 1)})
@@ -167,8 +167,8 @@ def list_row(
 
 def name_row(length: int, questions: int, rng: np.random.Generator) -> dict:
     """
-    A conversation that the backbone alone is trained on: `length` tokens of filler, then `questions` names to repeat.
-    It teaches what any language model can do, to find what it was asked for after a long text.
+    A conversation to train the backbone on: `length` tokens of filler, then `questions` names to repeat. It teaches
+    the backbone to answer after a long text.
     """
     messages = []
     for turn, cell in enumerate(rng.permutation(SIDE * SIDE)[:questions].tolist()):
