@@ -8,9 +8,11 @@ embeddings V as they entered the decoder. With x the residual stream of a text t
     a      = CrossAttention(q; keys and values of V')
     h      = a + SwiGLU(RMSNorm(a))
     branch = gate * RMSNorm(W_out h)                 pvm_hidden_size -> hidden_size
+
+q enters only through a, and nothing after a has a bias: a token that attends to nothing gets exactly zero.
 """
 
-import copy
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -32,17 +34,13 @@ except ImportError:  # in a checkout, where this file is a top-level module
 
 
 class CrossAttentionMetadata(NamedTuple):
-    """
-    Cross-attention metadata of one forward pass, shared by all branches.
+    """Cross-attention metadata of one forward pass, shared by all branches."""
 
-    query_index (`torch.LongTensor` `[batch, query]`, *optional*): the tokens that go through the branches; `None`:
-    all.
-    attends (`torch.BoolTensor` `[batch, query, 1]`, *optional*): queries that attend to any visual token; `None`: all.
-    mask (`torch.BoolTensor` `[batch, 1, query, visual]`, *optional*): who attends to whom; `None`: all to all.
-    """
-
+    # `[batch, query]`: the tokens of this pass that go through the branches; `None`: all.
     query_index: torch.LongTensor | None = None
+    # `[batch, query or 1, 1]`: queries that attend to any visual token; `None`: all.
     attends: torch.BoolTensor | None = None
+    # `[batch, 1, query or 1, visual]`: who attends to whom; `None`: all to all.
     mask: torch.BoolTensor | None = None
 
 
@@ -55,7 +53,6 @@ class Qwen3VLPVMCrossAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         heads, key_value_heads = config.pvm_num_attention_heads, config.pvm_num_key_value_heads
-        self.num_heads, self.num_key_value_heads = heads, key_value_heads
         self.num_key_value_groups = heads // key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
@@ -78,23 +75,19 @@ class Qwen3VLPVMCrossAttention(nn.Module):
         """
         Args:
             query_states (`torch.Tensor` `[batch, query, pvm_hidden_size]`): the text tokens.
-            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): the visual tokens of
-            this
-                pass; `None` if all are in the memory.
-            memory (`VisualMemory`, *optional*): of the cache; `None` without a cache.
+            visual_states (`torch.Tensor` `[batch, new visual, pvm_hidden_size]`, *optional*): of this pass.
+            memory (`VisualMemory`, *optional*): of the cache. At least one of the two is given.
 
         Returns:
             `[batch, query, pvm_hidden_size]`, exactly zero for a query that attends to nothing; and, with eager
             attention, the weights `[batch, heads, query, visual]`.
         """
-        head_shape = (query_states.shape[0], -1, self.num_heads, self.head_dim)
-        query = self.q_norm(self.q_proj(query_states).view(head_shape)).transpose(1, 2)
+        query = self.q_norm(self.q_proj(query_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         if visual_states is None:
             key, value = memory.keys[self.layer_idx], memory.values[self.layer_idx]
         else:
-            head_shape = (query_states.shape[0], -1, self.num_key_value_heads, self.head_dim)
-            key = self.k_norm(self.k_proj(visual_states).view(head_shape)).transpose(1, 2)
-            value = self.v_proj(visual_states).view(head_shape).transpose(1, 2)
+            key = self.k_norm(self.k_proj(visual_states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+            value = self.v_proj(visual_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             if memory is not None:
                 key, value = memory.update(self.layer_idx, key, value)
 
@@ -106,22 +99,22 @@ class Qwen3VLPVMCrossAttention(nn.Module):
             # Flash attention takes neither a mask of this form nor float32.
             implementation = "sdpa"
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
         attn_output, attn_weights = attention_interface(
-            self,
-            query,  # [batch, heads, query, head_dim]
-            key,  # [batch, key_value_heads, visual, head_dim]
-            value,
-            mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling
         )
-        attn_output = self.o_proj(attn_output.reshape(*query_states.shape[:2], -1))
-        if metadata.attends is not None:
+        attn_output = self.o_proj(attn_output.flatten(2))
+        if metadata.attends is not None:  # o_proj may have a bias
             attn_output = attn_output.masked_fill(~metadata.attends, 0.0)
             if attn_weights is not None:
                 attn_weights = attn_weights.masked_fill(~metadata.attends[:, None], 0.0)
         return attn_output, attn_weights
+
+
+def swiglu(config: Qwen3VLPVMTextConfig, intermediate_size: int) -> Qwen3VLTextMLP:
+    """The backbone's MLP at the branch's width."""
+    sizes = {"hidden_size": config.pvm_hidden_size, "intermediate_size": intermediate_size}
+    return Qwen3VLTextMLP(SimpleNamespace(**sizes, hidden_act=config.hidden_act))
 
 
 class Qwen3VLPVMBlock(nn.Module):
@@ -131,21 +124,18 @@ class Qwen3VLPVMBlock(nn.Module):
 
     def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
         super().__init__()
-        latent_config = copy.deepcopy(config)
-        latent_config.hidden_size = config.pvm_hidden_size
-        latent_config.intermediate_size = config.pvm_intermediate_size
-
         self.layer_idx = layer_idx
         self.text_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
         self.vision_reducer = nn.Linear(config.hidden_size, config.pvm_hidden_size, bias=False)
         self.input_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
         self.cross_attn = Qwen3VLPVMCrossAttention(config, layer_idx)
         self.post_attn_norm = Qwen3VLTextRMSNorm(config.pvm_hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Qwen3VLTextMLP(latent_config)
+        self.mlp = swiglu(config, config.pvm_intermediate_size)
         self.output_expander = nn.Linear(config.pvm_hidden_size, config.hidden_size, bias=False)
         self.gate_alpha = nn.Parameter(torch.zeros(1))
         self.eps = config.rms_norm_eps
 
+    # Variants override these two.
     def gate(self, query_states: torch.Tensor) -> torch.Tensor:
         """From q, `[batch, query, pvm_hidden_size]`, to the gate, `[batch, query, 1]` or what broadcasts to it."""
         return self.gate_alpha
@@ -162,14 +152,7 @@ class Qwen3VLPVMBlock(nn.Module):
         metadata: CrossAttentionMetadata,
         memory: VisualMemory | None = None,
     ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` `[batch, query, hidden_size]`): x.
-            visual_embeds (`torch.Tensor` `[batch, new visual, hidden_size]`, *optional*): V of this pass.
-
-        Returns:
-            `torch.Tensor` `[batch, query, hidden_size]` in the dtype of `hidden_states`.
-        """
+        """From x `[batch, query, hidden_size]` and the new V `[batch, new visual, hidden_size]` to the branch."""
         # The branch may have another dtype than the backbone: float32 in training.
         dtype = self.gate_alpha.dtype
         query_states = self.input_norm(self.text_reducer(hidden_states.to(dtype)))

@@ -40,6 +40,16 @@ class VisualMemory:
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def extended(cls, memory: "VisualMemory | None", positions, rope_deltas) -> "VisualMemory":
+        """`memory` with the places of new visual tokens, whose keys and values the branches add with `update`."""
+        keys, values = {}, {}
+        if memory is not None:
+            positions = torch.cat([memory.positions.to(positions.device), positions], dim=1)
+            rope_deltas = torch.cat([memory.rope_deltas.to(rope_deltas.device), rope_deltas], dim=1)
+            keys, values = memory.keys, memory.values
+        return cls(positions, rope_deltas, bool((positions != NO_POSITION).all()), keys, values)
+
     def update(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of new visual tokens; all of the layer."""
         if layer_idx in self.keys:

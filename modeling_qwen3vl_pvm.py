@@ -3,12 +3,12 @@
 Qwen3-VL with Persistent Visual Memory (PVM, arXiv 2605.00814): what differs from the stock model.
 
     x = x + SelfAttention(RMSNorm(x))
-    y = x + FFN(RMSNorm(x)) + branch(x; V) * is_text          in the layers `config.pvm_layers`
+    y = x + FFN(RMSNorm(x)) + branch(x; V)          in the layers `config.pvm_layers`, for text after an image
 
-The branch (block_qwen3vl_pvm.py) attends from text tokens to the visual embeddings V as they entered the decoder: its
-softmax runs over the image only, so text cannot dilute it. Its keys and values are computed once, when the visual
-tokens arrive, and kept in the [`VisualMemory`] that rides with the KV cache (cache_qwen3vl_pvm.py). A later image is
-appended there, and later tokens attend to both. No module holds any state.
+The branch (block_qwen3vl_pvm.py) attends from text tokens to the visual embeddings V as they enter the decoder, before
+DeepStack: its softmax runs over the image only, so text cannot dilute it. Keys and values are computed once, when the
+visual tokens arrive, and kept in the [`VisualMemory`] that rides with the KV cache (cache_qwen3vl_pvm.py). A later
+image is appended there, and later tokens attend to both. No module holds the state of a conversation.
 """
 
 import functools
@@ -24,7 +24,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     Qwen3VLPreTrainedModel,
-    Qwen3VLTextAttention,
     Qwen3VLTextDecoderLayer,
     Qwen3VLTextModel,
     Qwen3VLVisionModel,
@@ -36,14 +35,14 @@ try:
     from .block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
     from .cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, set_visual_memory
     from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
-    from .rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, count_tokens
+    from .rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from .variants_qwen3vl_pvm import BLOCKS
 except ImportError:  # in a checkout, where this file is a top-level module
     from adapter_qwen3vl_pvm import AdapterMixin
     from block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
     from cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, set_visual_memory
     from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
-    from rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, count_tokens
+    from rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from variants_qwen3vl_pvm import BLOCKS
 
 
@@ -52,7 +51,6 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
 
     def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.layer_idx = layer_idx
         self.pvm_block = BLOCKS[config.pvm_block](config, layer_idx)
 
     def forward(
@@ -80,34 +78,31 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
             hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attn_output
-        if past_key_values is not None and visual_embeds is not None:
-            set_visual_memory(past_key_values, visual_memory)
+        memory = None if past_key_values is None else visual_memory  # gradient checkpointing, run twice, has no cache
+        if memory is not None and visual_embeds is not None:
+            # Not before the first layer: only now is the cache, which the stock decoder may create, certain to have
+            # one.
+            set_visual_memory(past_key_values, memory)
 
-        query_index, queries = cross_attention_metadata.query_index, hidden_states
-        if query_index is not None:
-            query_index = query_index[..., None].expand(-1, -1, hidden_states.shape[-1])
-            queries = hidden_states.gather(1, query_index)
-        # Without a cache nothing is remembered: gradient checkpointing runs this layer twice.
-        memory = None if past_key_values is None else visual_memory
+        index = cross_attention_metadata.query_index
+        queries = hidden_states if index is None else hidden_states.take_along_dim(index[..., None], dim=1)
         branch = self.pvm_block(queries, visual_embeds, cross_attention_metadata, memory)
 
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        if not (use_pvm if isinstance(use_pvm, bool) else self.layer_idx in use_pvm):
+        if not (use_pvm if isinstance(use_pvm, bool) else self.pvm_block.layer_idx in use_pvm):
             return hidden_states
-        return hidden_states + branch if query_index is None else hidden_states.scatter_add(1, query_index, branch)
+        if index is None:
+            return hidden_states + branch
+        return hidden_states.scatter_add(1, index[..., None].expand_as(branch), branch)
 
 
 class Qwen3VLPVMPreTrainedModel(AdapterMixin, Qwen3VLPreTrainedModel):
     config: Qwen3VLPVMConfig
-    _no_split_modules = ["Qwen3VLTextDecoderLayer", "Qwen3VLPVMTextDecoderLayer", "Qwen3VLVisionBlock"]
-    _can_record_outputs = {
-        "hidden_states": Qwen3VLTextDecoderLayer,
-        "attentions": Qwen3VLTextAttention,
-        "pvm_attentions": Qwen3VLPVMCrossAttention,
-    }
-    # Not quantised, and float32 over a float16 backbone.
+    _no_split_modules = [*Qwen3VLPreTrainedModel._no_split_modules, "Qwen3VLPVMTextDecoderLayer"]
+    _can_record_outputs = {**Qwen3VLPreTrainedModel._can_record_outputs, "pvm_attentions": Qwen3VLPVMCrossAttention}
+    # Keeps the branches out of quantisation, and in float32 in a float16 model.
     _keep_in_fp32_modules = [r".*\.pvm_block"]
-    # `from_pretrained` reports missing branches itself, and whether they may be missing.
+    # `AdapterMixin.from_pretrained` says whether branches may be missing.
     _keys_to_ignore_on_load_missing = [r"\.pvm_block\."]
 
     @torch.no_grad()
@@ -170,37 +165,35 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
-        records = kwargs.get("output_pvm_attentions", False)
-        if records and self.config._attn_implementation != "eager":
+        wants_attention = kwargs.get("output_pvm_attentions", False)
+        if wants_attention and self.config._attn_implementation != "eager":
             raise ValueError(
-                f"`output_pvm_attentions=True` needs eager attention, and this model uses "
-                f"{self.config._attn_implementation}. Call `model.set_attn_implementation('eager')` first."
+                f"`output_pvm_attentions=True` needs eager attention, not {self.config._attn_implementation}: call "
+                "`model.set_attn_implementation('eager')` first."
             )
 
         memory = get_visual_memory(past_key_values)
         visual_embeds = metadata = None
         if visual_pos_masks is None and memory is None and self.training and torch.is_grad_enabled():
-            # A batch without an image runs one query that attends to nothing through each branch, so that every
-            # parameter gets its (zero) gradient. Without it, the loss has no gradient and distributed ranks hang.
+            # A batch without an image runs one query per row through each branch and zeroes the result, so that every
+            # parameter gets a (zero) gradient. Without it, the loss has none and distributed ranks hang.
             visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if visual_pos_masks is not None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            visual_index, memory = self._remember(
-                visual_pos_masks,
+            visual_index, present = _pack(visual_pos_masks)
+            deltas = rope_deltas(position_ids, attention_mask, past_length, inputs_embeds)
+            memory = VisualMemory.extended(
                 memory,
-                past_length,
-                position_ids,
-                count_tokens(attention_mask, past_length, inputs_embeds),
+                positions=(visual_index + past_length).masked_fill(~present, NO_POSITION).int(),
+                rope_deltas=deltas.expand_as(visual_pos_masks).gather(1, visual_index).int(),
             )
-            visual_embeds = inputs_embeds.gather(1, visual_index[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
-            metadata = self._new_metadata(visual_pos_masks, memory, past_length, pack_queries=not records)
-        elif memory is not None:
-            # Everything in memory precedes this pass, so there is nothing to compare: no sequence length is needed.
-            metadata = CrossAttentionMetadata()
-            if not memory.complete:
-                present = memory.positions.to(inputs_embeds.device) != NO_POSITION
-                attends = present.any(dim=1)[:, None, None]
-                metadata = CrossAttentionMetadata(None, attends, (present[:, None] | ~attends)[:, None])
+            visual_embeds = inputs_embeds.take_along_dim(visual_index[..., None], dim=1)
+            metadata = self._metadata(visual_pos_masks, memory.positions, past_length, not wants_attention)
+        elif memory is not None:  # all of which lies before this pass
+            present = memory.positions.to(inputs_embeds.device) != NO_POSITION
+            attends = present.any(dim=1)[:, None, None]
+            mask = (present[:, None] | ~attends)[:, None]
+            metadata = CrossAttentionMetadata() if memory.complete else CrossAttentionMetadata(None, attends, mask)
 
         return super().forward(
             input_ids=input_ids,
@@ -215,61 +208,26 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             **kwargs,
         )
 
-    def _remember(
-        self, visual_mask, memory, past_length, position_ids, counts
-    ) -> tuple[torch.LongTensor, VisualMemory]:
-        """
-        The memory with the places of this pass's visual tokens, whose keys and values the branches add.
-
-        Args:
-            visual_mask (`torch.BoolTensor` `[batch, sequence]`): the visual tokens of this pass.
-            memory (`VisualMemory`, *optional*): of earlier passes, `past_length` tokens.
-            position_ids: in any of the stock text model's forms.
-            counts (`torch.LongTensor` `[batch or 1, sequence]`): tokens before each, without padding.
-
-        Returns:
-            Indices of the visual tokens, `[batch, new visual]`, as [`_pack`] makes them, and the memory.
-        """
-        visual_index, present = _pack(visual_mask)
-        positions = (visual_index + past_length).masked_fill(~present, NO_POSITION).int()
-        if position_ids is None or position_ids.ndim == 2:
-            rope_deltas = torch.zeros_like(positions)
-        else:  # 3 axes, or 4 of which the first is the count
-            counts = position_ids[0] if len(position_ids) == 4 else counts
-            # Text continues after the largest position so far, which in an image need not be that of the last token.
-            reached = position_ids[-3:].amax(dim=0).cummax(dim=1).values
-            rope_deltas = (reached - counts).expand_as(visual_mask).gather(1, visual_index).int()
-        keys, values = {}, {}
-        if memory is not None:
-            positions = torch.cat([memory.positions.to(positions.device), positions], dim=1)
-            rope_deltas = torch.cat([memory.rope_deltas.to(rope_deltas.device), rope_deltas], dim=1)
-            keys, values = memory.keys, memory.values
-        complete = bool((positions != NO_POSITION).all())
-        return visual_index, VisualMemory(positions, rope_deltas, complete, keys, values)
-
-    def _new_metadata(self, visual_mask, memory, past_length, pack_queries: bool) -> CrossAttentionMetadata:
+    def _metadata(self, visual_mask, memory_positions, past_length, pack_queries: bool) -> CrossAttentionMetadata:
         """
         Who attends to whom in a pass with visual tokens, `visual_mask` `[batch, sequence]`. If `pack_queries`, only
         the text tokens that attend to something go through the branches.
         """
         positions = torch.arange(visual_mask.shape[1], device=visual_mask.device) + past_length
-        first, last = memory.positions.aminmax(dim=1, keepdim=True)  # [batch, 1]
-        is_visible = positions > first if self.config.pvm_causal else first != NO_POSITION
-        attends = ~visual_mask & is_visible
+        # A visual token is visible to later positions; without `pvm_causal` to all. (NO_POSITION is larger than any.)
+        visible_after = memory_positions
+        if not self.config.pvm_causal:
+            visible_after = visible_after.masked_fill(visible_after != NO_POSITION, -1)
+        first, last = visible_after.aminmax(dim=1, keepdim=True)  # [batch, 1]
+        attends = ~visual_mask & (positions > first)
 
         query_index, query_positions = None, positions.expand_as(attends)
         if pack_queries:
             query_index, attends = _pack(attends)
             query_positions = positions[query_index]
-
         mask = None
-        first_query = query_positions.masked_fill(~attends, NO_POSITION).amin(dim=1, keepdim=True)
-        all_visible = last < first_query if self.config.pvm_causal else last != NO_POSITION
-        if not (all_visible | ~attends.any(dim=1, keepdim=True)).all():
-            if self.config.pvm_causal:
-                mask = memory.positions[:, None] < query_positions[..., None]
-            else:
-                mask = (memory.positions != NO_POSITION)[:, None].expand(-1, query_positions.shape[1], -1)
+        if (last >= query_positions.masked_fill(~attends, NO_POSITION).amin(dim=1, keepdim=True)).any():
+            mask = visible_after[:, None] < query_positions[..., None]
             # What attends to nothing is zeroed after the attention, whose softmax must not run over an empty row.
             mask = (mask | ~attends[..., None])[:, None]
         return CrossAttentionMetadata(query_index, attends[..., None], mask)
@@ -301,29 +259,20 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
 
     @functools.wraps(Qwen3VLModel.forward)  # the Trainer reads the signature
     def forward(self, *args, **kwargs) -> tuple | BaseModelOutputWithPast:
-        """
-        As the stock model. Raises a `ValueError` for `inputs_embeds` into which images are already merged, because the
-        branches would be off silently, and for grids without pixels or of another pass.
-        """
         given = {name for name, value in kwargs.items() if value is not None}
-        # generate() of transformers 5.23 passes an empty dict of encoder outputs when there is nothing to encode.
-        has_pixels = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
+        # An empty dict of encoder outputs means no images: generate() of transformers 5.23 passes it.
+        has_images = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
         has_grids = given & {"image_grid_thw", "video_grid_thw"}
         has_places = has_grids or ("mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any())
-        if "inputs_embeds" in given and has_places and not has_pixels:
+        if not has_images and ("inputs_embeds" in given or (has_grids and "position_ids" not in given)) and has_places:
             raise ValueError(
-                "`inputs_embeds` came with image or video positions but without `pixel_values`: if visual embeddings "
-                "are already merged in, the branches cannot know where. Pass `pixel_values` and leave the "
-                "placeholders in `inputs_embeds`, or call the decoder, `model.model.language_model(inputs_embeds=..., "
-                "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+                "Positions or grids of images came without `pixel_values`, so the branches cannot know where images "
+                "are. Pass `pixel_values` and placeholders, or neither; for `inputs_embeds` with images already "
+                "merged in, call the decoder: `model.model.language_model(inputs_embeds=..., visual_pos_masks=..., "
+                "position_ids=..., deepstack_visual_embeds=...)`."
             )
-        if has_grids and not has_pixels and "position_ids" not in given:
-            raise ValueError(
-                "Grids of images or videos came without `pixel_values`, so the placeholders would be taken for text. "
-                "Pass both, or neither."
-            )
-        if has_pixels and "position_ids" not in given:
-            # Once images are merged into the embeddings, nothing shows where they were.
+        if has_images and "position_ids" not in given:
+            # Found now, because merging images into embeddings hides the placeholders.
             input_ids = args[0] if args else kwargs.get("input_ids")
             kwargs["mm_token_type_ids"] = self.token_types(input_ids, kwargs.get("inputs_embeds"))
             self.check_grids(kwargs["mm_token_type_ids"], kwargs.get("image_grid_thw"), kwargs.get("video_grid_thw"))
@@ -335,7 +284,6 @@ class Qwen3VLPVMForConditionalGeneration(
 ):
     """Qwen3-VL with Persistent Visual Memory and its language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: Qwen3VLPVMConfig):

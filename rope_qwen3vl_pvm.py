@@ -26,6 +26,19 @@ def count_tokens(attention_mask, past_length, tokens: torch.Tensor) -> torch.Lon
     return positions[None]
 
 
+def rope_deltas(position_ids, attention_mask, past_length, inputs_embeds) -> torch.LongTensor:
+    """
+    `[batch or 1, sequence]`: rotary position of text that would follow each token, minus the number of tokens up to
+    it. `position_ids` in any form of the stock text model: none, 2D, 3 axes, or 4 of which the first is the count.
+    """
+    counts = count_tokens(attention_mask, past_length, inputs_embeds)
+    if position_ids is None or position_ids.ndim == 2:
+        return torch.zeros_like(counts)
+    counts = position_ids[0] if len(position_ids) == 4 else counts
+    # Text continues after the largest position so far, which in an image need not be that of the last token.
+    return position_ids[-3:].amax(dim=0).cummax(dim=1).values - counts
+
+
 class CachedRopeMixin:
     """Rotary positions for `Qwen3VLPVMModel`."""
 

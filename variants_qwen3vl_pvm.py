@@ -3,13 +3,12 @@
 
 import torch
 from torch import nn
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
 
 
 try:
-    from .block_qwen3vl_pvm import Qwen3VLPVMBlock
+    from .block_qwen3vl_pvm import Qwen3VLPVMBlock, swiglu
 except ImportError:  # in a checkout, where this file is a top-level module
-    from block_qwen3vl_pvm import Qwen3VLPVMBlock
+    from block_qwen3vl_pvm import Qwen3VLPVMBlock, swiglu
 
 
 class TokenGateBlock(Qwen3VLPVMBlock):
@@ -33,9 +32,7 @@ class ParallelMLPBlock(Qwen3VLPVMBlock):
         super().__init__(config, layer_idx)
         removed = sum(p.numel() for part in (self.vision_reducer, self.cross_attn) for p in part.parameters())
         del self.vision_reducer, self.cross_attn
-        wider = self.mlp.config
-        wider.intermediate_size += removed // (3 * config.pvm_hidden_size)
-        self.mlp = Qwen3VLTextMLP(wider)
+        self.mlp = swiglu(config, config.pvm_intermediate_size + removed // (3 * config.pvm_hidden_size))
 
     def attend(self, query_states, visual_embeds, metadata, memory) -> torch.Tensor:
         """q itself, and zero where cross-attention would have nothing to attend to."""
