@@ -152,12 +152,16 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         visual_pos_masks: torch.Tensor | None = None,
+        image_kv_cache: str = "keep",
         **kwargs,
     ) -> tuple | BaseModelOutputWithPast:
         """
         Args:
             inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
             visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
+            image_kv_cache (`str`): "keep", or, without a cache, "skip": visual tokens do not enter the decoder, text
+                keeps its rotary positions, and only the branches see the image. Hidden states of visual tokens and
+                padding are then zero.
             use_pvm (`bool` or `Collection[int]`, *optional*): `False` turns the branches off in this pass; a list of
                 layers keeps those on. What is seen is remembered in any case.
             output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
@@ -180,7 +184,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if visual_pos_masks is not None:
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-            visual_index, present = _pack(visual_pos_masks)
+            visual_index, present = pack(visual_pos_masks)
             deltas = rope_deltas(position_ids, attention_mask, past_length, inputs_embeds)
             memory = VisualMemory.extended(
                 memory,
@@ -188,13 +192,24 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 rope_deltas=deltas.expand_as(visual_pos_masks).gather(1, visual_index).int(),
             )
             visual_embeds = inputs_embeds.take_along_dim(visual_index[..., None], dim=1)
-            metadata = self._metadata(visual_pos_masks, memory.positions, past_length, not wants_attention)
+            is_text = ~visual_pos_masks
+            positions = torch.arange(is_text.shape[1], device=is_text.device)[None] + past_length
+            if image_kv_cache == "skip":
+                if past_key_values is not None or kwargs.get("use_cache", True):
+                    raise ValueError("`image_kv_cache='skip'` needs a pass without a cache: pass `use_cache=False`.")
+                is_token = True if attention_mask is None else attention_mask.bool()
+                positions, is_text = pack(is_text & is_token)
+            metadata = self._metadata(is_text, positions, memory.positions, not wants_attention)
         elif memory is not None:  # all of which lies before this pass
             present = memory.positions.to(inputs_embeds.device) != NO_POSITION
             attends = present.any(dim=1)[:, None, None]
             mask = (present[:, None] | ~attends)[:, None]
             metadata = CrossAttentionMetadata() if memory.complete else CrossAttentionMetadata(None, attends, mask)
 
+        kwargs |= {"visual_embeds": visual_embeds, "visual_memory": memory, "cross_attention_metadata": metadata}
+        if image_kv_cache == "skip" and visual_pos_masks is not None:
+            kwargs["deepstack_visual_embeds"] = None
+            return self._forward_text(positions, is_text, position_ids, inputs_embeds, **kwargs)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -202,29 +217,40 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             visual_pos_masks=visual_pos_masks,
-            visual_embeds=visual_embeds,
-            visual_memory=memory,
-            cross_attention_metadata=metadata,
             **kwargs,
         )
 
-    def _metadata(self, visual_mask, memory_positions, past_length, pack_queries: bool) -> CrossAttentionMetadata:
+    def _forward_text(self, index, is_text, position_ids, inputs_embeds, **kwargs) -> BaseModelOutputWithPast:
+        """The decoder on the tokens `index` `[batch, text]` alone; their states where they were in `inputs_embeds`."""
+        if position_ids is None or position_ids.ndim == 2:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=index.device).expand(3, len(index), -1)
+        output = super().forward(
+            attention_mask=is_text.long(),
+            position_ids=position_ids[-3:].take_along_dim(index[None], dim=2),
+            inputs_embeds=inputs_embeds.take_along_dim(index[..., None], dim=1),
+            **kwargs,
+        )
+        states = output.last_hidden_state * is_text[..., None]
+        index = index[..., None].expand_as(states)
+        output.last_hidden_state = torch.zeros_like(inputs_embeds).scatter_add(1, index, states)
+        return output
+
+    def _metadata(self, is_text, positions, memory_positions, pack_queries: bool) -> CrossAttentionMetadata:
         """
-        Who attends to whom in a pass with visual tokens, `visual_mask` `[batch, sequence]`. If `pack_queries`, only
-        the text tokens that attend to something go through the branches.
+        Who attends to whom in a pass with visual tokens, of whose tokens `[batch, sequence]` some are text. If
+        `pack_queries`, only the text tokens that attend to something go through the branches.
         """
-        positions = torch.arange(visual_mask.shape[1], device=visual_mask.device) + past_length
         # A visual token is visible to later positions; without `pvm_causal` to all. (NO_POSITION is larger than any.)
         visible_after = memory_positions
         if not self.config.pvm_causal:
             visible_after = visible_after.masked_fill(visible_after != NO_POSITION, -1)
         first, last = visible_after.aminmax(dim=1, keepdim=True)  # [batch, 1]
-        attends = ~visual_mask & (positions > first)
+        attends = is_text & (positions > first)
 
         query_index, query_positions = None, positions.expand_as(attends)
         if pack_queries:
-            query_index, attends = _pack(attends)
-            query_positions = positions[query_index]
+            query_index, attends = pack(attends)
+            query_positions = query_positions.gather(1, query_index)
         mask = None
         if (last >= query_positions.masked_fill(~attends, NO_POSITION).amin(dim=1, keepdim=True)).any():
             mask = visible_after[:, None] < query_positions[..., None]
@@ -233,7 +259,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         return CrossAttentionMetadata(query_index, attends[..., None], mask)
 
 
-def _pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+def pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """
     Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, in order, padded with indices of
     other entries in rows that have fewer than the longest, n >= 1; and which of them are real, `[batch, n]`.
@@ -313,5 +339,6 @@ __all__ = [
     "Qwen3VLPVMModel",
     "Qwen3VLPVMPreTrainedModel",
     "Qwen3VLPVMTextModel",
+    "pack",
     "pvm_blocks",
 ]

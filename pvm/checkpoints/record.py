@@ -23,7 +23,7 @@ RECIPE = (
     *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
-    "seed",
+    *("image_dropout", "seed"),
 )
 
 

@@ -88,6 +88,7 @@ def run_settings(
     settings |= {key: asdict(data_args)[key] for key in ("stopping_strategy", "streaming", "max_length")}
     for key in ("learning_rate", "gate_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"):
         settings[key] = training_args.to_dict()[key]
+    settings["image_dropout"] = training_args.image_dropout
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim"):
         settings[key] = training_args.to_dict()[key]
     if data_args.streaming:  # the order of a stream depends on these

@@ -42,8 +42,9 @@ def save_branches(
     branches, lora = _trained_weights(model, state_dict)
     plain_model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = plain_model.config
-    metadata = ("method", "step", "base_model", "base_revision")
-    config.get_text_config().pvm_training = {key: record[key] for key in metadata}
+    metadata = {key: record[key] for key in ("method", "step", "base_model", "base_revision")}
+    metadata["image_dropout"] = record["arguments"].get("image_dropout", 0.0)
+    config.get_text_config().pvm_training = metadata
     config.peft_adapter = LORA_FOLDER if lora else None
     branches = {name: weight.to(plain_model.dtype) for name, weight in branches.items()}
     plain_model.save_pretrained(folder, state_dict=branches, adapter_only=True)

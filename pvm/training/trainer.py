@@ -27,6 +27,7 @@ from pvm.data.encoding import IGNORE_INDEX
 from pvm.data.streams import ConversationStream
 from pvm.errors import UserError, user_errors
 from pvm.training.callbacks import BranchGradients, StopOnSigterm, unsharded
+from pvm.training.image_dropout import ImageDropout, without_image
 from pvm.training.saving import (
     SETTINGS,
     STAGING,
@@ -69,6 +70,13 @@ class PVMTrainingArguments(TrainingArguments):
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gates; by default that of the other weights."}
     )
+    image_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the micro-batches in which self-attention does not see the image, and only the branches "
+            "do: what makes them learn to carry it (docs/study.md). 0 is the published recipe."
+        },
+    )
     do_train: bool = field(default=True, metadata={"help": "Leave this true."})
     # Every branch gets a gradient from every batch, so DDP need not search for unused parameters.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Leave this false."})
@@ -97,6 +105,8 @@ class PVMTrainingArguments(TrainingArguments):
             )
         if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
             raise UserError("--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1.")
+        if self.image_dropout > 1:
+            raise UserError(f"--image_dropout {self.image_dropout:g}: it is a share, between 0 and 1.")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing. Leave it out or give a number of steps.")
         if self.n_gpu > 1:
@@ -159,6 +169,7 @@ class PVMTrainer(Trainer):
         # Trainer sets this to turn the cache off. The model does not read it, and every config.json would have it.
         del model.config.use_cache
         self.settings = settings
+        self.image_dropout = ImageDropout(self.args.image_dropout, self.args.seed)
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
         self.add_callback(self.branch_gradients)
@@ -184,6 +195,8 @@ class PVMTrainer(Trainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.image_dropout(self.state.global_step):
+            inputs = without_image(self.accelerator.unwrap_model(model), inputs)
         positions, targets = predictions(inputs["labels"])
         inputs = {**inputs, "labels": targets, "logits_to_keep": positions, "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
