@@ -114,7 +114,9 @@ class AdapterMixin:
             pretrained_model_name_or_path = None
         model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model.name_or_path = model.config.name_or_path = str(name)
-        stored = kwargs["state_dict"] if "state_dict" in kwargs else _stored_names(name, download)
+        stored = (
+            kwargs["state_dict"] if "state_dict" in kwargs else _stored_names(name, download, kwargs.get("variant"))
+        )
         _check_missing(model, name, loading_info["missing_keys"], stored)
         _check_gates(model, name)
         if peft_adapter is not None:
@@ -122,18 +124,21 @@ class AdapterMixin:
         return (model, loading_info) if output_loading_info else model
 
 
-def safetensors_files(name: str, **download) -> list[str]:
+def safetensors_files(name: str, variant: str | None = None, **download) -> list[str]:
     """Local paths of a whole checkpoint's weights, downloaded if need be. Raises an `OSError` if there are none."""
+    weights, index = (
+        file if variant is None else f"{file.rpartition('.')[0]}.{variant}.{file.rpartition('.')[2]}"
+        for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
     try:
-        return [cached_file(name, SAFE_WEIGHTS_NAME, **download)]
+        return [cached_file(name, weights, **download)]
     except OSError:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **download)
-        return get_checkpoint_shard_files(name, index, **download)[0]
+        return get_checkpoint_shard_files(name, cached_file(name, index, **download), **download)[0]
 
 
-def _stored_names(name: str, download: dict) -> list[str]:
+def _stored_names(name: str, download: dict, variant: str | None) -> list[str]:
     names = []
-    for file in safetensors_files(name, **download):
+    for file in safetensors_files(name, variant, **download):
         with safe_open(file, "pt") as weights:
             names += weights.keys()
     return names

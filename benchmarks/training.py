@@ -6,7 +6,8 @@ Cost of a training step: PVM, LoRA (rank 16, all linear layers of the language m
 
 A step is forward and backward of one conversation with train.py's loss, and AdamW. "Kept for backward" are the bytes
 that autograd holds after the forward pass, without parameters. Steps of the methods are interleaved. Prints medians,
-and ratios to LoRA.
+and ratios to LoRA. "PVM, no image" is a step that image dropout hides the image in; with `--image_dropout 0.5` a mean
+step is the mean of both kinds.
 """
 
 import statistics
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.common import build, milliseconds, parser, print_environment, print_table
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.record import count_parameters
+from pvm.training.image_dropout import without_image
 from pvm.training.methods import LORA_TARGETS
 from pvm.training.trainer import loss_of_predictions, predictions
 
@@ -80,15 +82,16 @@ def main() -> None:
         block.requires_grad_(True).float()
     full, _ = build(args)
     lora = get_peft_model(stock.requires_grad_(False), LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS))
-    methods = {"PVM": pvm, "LoRA": lora, "full": full.requires_grad_(True)}
+    methods = {"PVM": pvm, "PVM, no image": pvm, "LoRA": lora, "full": full.requires_grad_(True)}
     batch = batch_of(pvm, args.visual_tokens, args.text_tokens)
+    batches = dict.fromkeys(methods, batch) | {"PVM, no image": without_image(pvm, batch)}
     optimizers = {
         name: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
         for name, model in methods.items()
     }
 
     def step(name: str) -> None:
-        forward(methods[name], batch).backward()
+        forward(methods[name], batches[name]).backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
 
@@ -98,17 +101,20 @@ def main() -> None:
         for name in sorted(methods, reverse=number % 2 == 1):
             times[name].append(milliseconds(lambda name=name: step(name), args.device))
     medians = {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items()}
-    saved = {name: saved_bytes(model, batch) for name, model in methods.items()}
+    saved = {name: saved_bytes(model, batches[name]) for name, model in methods.items()}
+    trained = {name: count_parameters(model)[-1].trainable for name, model in methods.items()}
+    for numbers in (medians, saved, trained):
+        numbers["PVM, dropout 0.5"] = (numbers["PVM"] + numbers["PVM, no image"]) / 2
     rows = [
         [
             name,
-            f"{count_parameters(model)[-1].trainable:,}",
+            f"{trained[name]:,.0f}",
             f"{medians[name]:,.0f}",
             f"{medians[name] / medians['LoRA']:.2f}",
             f"{saved[name] / 2**20:,.1f}",
             f"{saved[name] / saved['LoRA']:.2f}",
         ]
-        for name, model in methods.items()
+        for name in ("PVM", "PVM, no image", "PVM, dropout 0.5", "LoRA", "full")
     ]
     headings = ["", "trained", "step, ms", "of LoRA", "kept for backward, MiB", "of LoRA"]
     title = f"A training step, {args.visual_tokens:,} visual and {args.text_tokens:,} text tokens, {args.steps} steps"

@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_the_same_seed_gives_the_same_data(folder):
-    for split in ("train", "test"):
+    for split in ("train", "test", "validation"):
         first, second = ((folder / name / f"{split}.parquet").read_bytes() for name in "ab")
         assert first == second
 

@@ -26,8 +26,9 @@ METHODS = {
     "pvm-bf16": (*PVM, "--dtype", "bfloat16"),
     "lora": ("--method", "lora"),
     "pvm+lora": (*PVM, "--method", "pvm+lora"),
+    "pvm-no-image": (*PVM, "--image_dropout", "1"),
 }
-LEARNED = [("ddp", "pvm"), ("ddp", "pvm+lora"), *(("fsdp2", method) for method in METHODS)]
+LEARNED = [("ddp", "pvm"), ("ddp", "pvm+lora"), ("ddp", "pvm-no-image"), *(("fsdp2", method) for method in METHODS)]
 FINISHED = [("ddp", "pvm+lora"), ("fsdp2", "pvm-bf16"), ("fsdp2", "pvm+lora")]
 LAST = ("--resume_from_checkpoint", "last")
 

@@ -629,6 +629,14 @@ def test_save_and_load_bit_for_bit(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(base.state_dict().values(), model.model.state_dict().values()))
 
 
+def test_a_variant_of_the_weights(model, tmp_path):
+    model.save_pretrained(tmp_path / "one", variant="bf16")
+    model.save_pretrained(tmp_path / "several", variant="bf16", max_shard_size="50KB")
+    for name in ("one", "several"):
+        again = Qwen3VLPVMForConditionalGeneration.from_pretrained(tmp_path / name, variant="bf16")
+        assert all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
+
+
 def test_layers_on_disk(model, tmp_path):
     model.config.text_config.pvm_training = METADATA  # gates on disk are not checked
     model.save_pretrained(tmp_path / "model")

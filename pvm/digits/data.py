@@ -92,28 +92,34 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
         yield backbone_row(digits, block, text_only, rng)
 
 
-def test_rows(digits: world.Digits, rng: np.random.Generator) -> Iterator[dict]:
-    """The test conversations of both stages: questions at every distance, boards and parts of them read aloud."""
+def test_rows(digits: world.Digits, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
+    """
+    The test conversations of both stages: questions at every distance, boards and parts of them read aloud. Of `share`
+    4, a quarter as many.
+    """
     for length in TEST_FILLERS:
-        for _ in range(TEST_QUESTIONS):
+        for _ in range(TEST_QUESTIONS // share):
             yield world.cell_row(digits, length, 1, rng)
-    for _ in range(TEST_READS):
+    for _ in range(TEST_READS // share):
         yield world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)
-    for _ in range(TEST_SPANS):
+    for _ in range(TEST_SPANS // share):
         yield {**world.read_row(digits, 0, *some_cells(world.SIDE**2, rng), rng), "task": "span"}
 
 
 def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: int | None = None) -> None:
-    """Write train.parquet (`number` rows) and test.parquet to `output_dir`; the same arguments give the same rows."""
+    """
+    Write train.parquet (`number` rows), validation.parquet and test.parquet to `output_dir`; the same arguments give
+    the same rows. Choices are made on the validation set: other boards of the training digits.
+    """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     number = TRAIN_ROWS[stage] if number is None else number
+    train, test, tested = world.Digits.load("train"), world.Digits.load("test"), len(TEST_FILLERS) * TEST_QUESTIONS
+    tested += TEST_READS + TEST_SPANS
     splits = {
-        "train": (number, train_rows(stage, world.Digits.load("train"), number, np.random.default_rng([seed, 0]))),
-        "test": (
-            len(TEST_FILLERS) * TEST_QUESTIONS + TEST_READS + TEST_SPANS,
-            test_rows(world.Digits.load("test"), np.random.default_rng([seed, 1])),
-        ),
+        "train": (number, train_rows(stage, train, number, np.random.default_rng([seed, 0]))),
+        "test": (tested, test_rows(test, np.random.default_rng([seed, 1]))),
+        "validation": (tested // 4, test_rows(train, np.random.default_rng([seed, 2]), share=4)),
     }
     for split, (total, rows) in splits.items():
         made = list(tqdm(rows, total=total, desc=f"{output_dir}/{split}"))
