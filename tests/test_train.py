@@ -499,7 +499,7 @@ def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
 # Recipes that ship
 
 
-# Of train.py; those of eval.py and pvm.study are other files' tests.
+# Of train.py; recipes of evaluations and studies are tested with them.
 RECIPES = [
     path
     for path in sorted((ROOT / "recipes").glob("*.yaml"))

@@ -35,6 +35,8 @@ def read_report(path: Path, checkpoint: Path) -> tuple[dict[str, Any], dict[str,
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         models = report["models"]
+        if any("ablation" not in model for model in models):
+            raise KeyError("its models have no `ablation`; evaluate again, an earlier version wrote it")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a report.json written by eval.py: {error}") from error
     for model in models:
