@@ -206,6 +206,7 @@ def test_every_push_is_complete(machine, trained, base, conversations, method):
             "step": step,
             "base_model": BASE,
             "base_revision": trained.base_revision,
+            "image_dropout": 0.0,
         }
         assert f"base_model: {BASE}".encode() in files["README.md"]
         assert (b"Training in progress" in files["README.md"]) == (step == 2)

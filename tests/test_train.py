@@ -93,6 +93,7 @@ def test_the_checkpoint_has_training_metadata(pvm_run):
         "step": 4,
         "base_model": None,  # a folder on this machine
         "base_revision": None,
+        "image_dropout": 0.0,
     }
     config = json.loads((pvm_run / "checkpoint-2" / "config.json").read_text())
     assert config["text_config"]["pvm_training"]["step"] == 2
