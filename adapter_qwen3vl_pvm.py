@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -112,7 +112,10 @@ class AdapterMixin:
             kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
             kwargs |= {"config": config, "state_dict": _load_adapter_weights(name, config, download)}
             pretrained_model_name_or_path = None
-        model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"A file of weights of {name} is damaged: {error}. Get the complete checkpoint.") from error
         model.name_or_path = model.config.name_or_path = str(name)
         stored = (
             kwargs["state_dict"] if "state_dict" in kwargs else _stored_names(name, download, kwargs.get("variant"))
@@ -158,7 +161,7 @@ def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -
     except OSError as error:
         raise OSError(
             f"{name} holds PVM branches only, and their base, {base}, could not be loaded: "
-            f"{str(error).partition(chr(10))[0]} If it is at another place, pass `base_model_name_or_path=...`."
+            f"{str(error).partition(chr(10))[0]} If it is somewhere else, pass `base_model_name_or_path=...`."
         ) from error
     _check_base(base_config, config, name)
     found = extract_commit_hash(files[0], None)
@@ -167,13 +170,17 @@ def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -
             f"{name} was trained on revision {trained_on} of {metadata.get('base_model')}, and is loaded into "
             f"revision {found or 'unknown'} of {base}. If the weights differ, so do its answers."
         )
-    branches = load_file(cached_file(name, ADAPTER_WEIGHTS_NAME, **download))
+    try:
+        branches = load_file(cached_file(name, ADAPTER_WEIGHTS_NAME, **download))
+        weights = {key: weight for file in files for key, weight in load_file(file).items()}
+    except SafetensorError as error:
+        raise OSError(f"A file of weights of {name} or {base} is damaged: {error}. Get it again.") from error
     if foreign := sorted(key for key in branches if ".pvm_block." not in key):
         raise ValueError(
             f"{ADAPTER_WEIGHTS_NAME} of {name} holds weights outside of the branches, e.g. {foreign[0]}, which would "
             "replace the base's. Do not trust this checkpoint."
         )
-    return {key: weight for file in files for key, weight in load_file(file).items()} | branches
+    return weights | branches
 
 
 def _check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> None:

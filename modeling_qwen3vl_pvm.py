@@ -176,6 +176,15 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 "`model.set_attn_implementation('eager')` first."
             )
 
+        use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
+        if not isinstance(use_pvm, bool) and not (
+            isinstance(use_pvm, list | tuple | set)
+            and all(type(layer) is int and layer in layers for layer in use_pvm)
+        ):
+            raise ValueError(
+                f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
+            )
+
         memory = get_visual_memory(past_key_values)
         visual_embeds = metadata = None
         if visual_pos_masks is None and memory is None and self.training and torch.is_grad_enabled():

@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"\nThe frozen weights did not change: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {output_dir}. To compare it with its base on your test set:")
     console.print(
-        f"  python eval.py --model {name} {output_dir} --dataset_name YOUR_TEST_SET --dataset_split test "
-        f"--output_dir {output_dir}-eval",
+        f"  python eval.py --model {name} {output_dir} --dataset_name YOUR_TEST_SET --output_dir {output_dir}-eval "
+        "(for a single file add --dataset_split train)",
         highlight=False,
     )
 
@@ -123,3 +123,5 @@ if __name__ == "__main__":
         main()
     except (UserError, StrictDataclassError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted. If there is a checkpoint, --resume_from_checkpoint last continues from it.")

@@ -186,6 +186,15 @@ def test_another_revision_of_the_base_is_warned_about(trained, stock, tmp_path, 
     assert warned == (revision != "a" * 40)
 
 
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_damaged_files_are_refused(adapter, tmp_path, trained, size):
+    trained.save_pretrained(tmp_path / "whole")
+    for folder, name in ((adapter, ADAPTER_WEIGHTS_NAME), (tmp_path / "whole", "model.safetensors")):
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+        with pytest.raises(OSError, match="is damaged"):
+            Qwen3VLPVMForConditionalGeneration.from_pretrained(folder)
+
+
 def test_incomplete_branches_are_refused(adapter):
     edit_weights(adapter, lambda weights: weights.pop("model.language_model.layers.1.pvm_block.gate_alpha"))
     with pytest.raises(ValueError, match="1 of their 30 weights are missing"):

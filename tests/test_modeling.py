@@ -729,6 +729,16 @@ def test_tied_embeddings(tmp_path):
     assert torch.equal(tiny.logits(again, batch), tiny.logits(model, batch))
 
 
+@pytest.mark.parametrize(
+    "use_pvm",
+    [[99], [0], [-1], ["1"], [True], {"a": 1}, torch.tensor(False), None, 1, "yes", (layer for layer in [1])],
+)
+def test_refuses_a_switch_that_is_none(model, use_pvm):
+    batch = tiny.inputs(*BATCHES["one image"])
+    with pytest.raises(ValueError, match=r"`use_pvm=.*: pass True, False or a list of layers.*of \[1, 2\]"):
+        model(**batch, use_pvm=use_pvm)
+
+
 def test_refuses_the_config_of_a_stock_model():
     with pytest.raises(ValueError, match=r"without PVM fields.*Qwen3VLPVMConfig.from_stock"):
         Qwen3VLPVMForConditionalGeneration(tiny.stock_config())

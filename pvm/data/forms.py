@@ -113,7 +113,8 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"message {index} has the role system, but chat templates ignore it except in message 0.")
     if isinstance(content, str):
         content = _split_at_placeholders(content) if role == "user" else [{"type": "text", "text": content}]
-    content = [] if content is None else content
+    if content is None:
+        raise UserError(f"message {index} ({role}) has no content.")
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise UserError(
             f"the content of message {index} ({role}) is neither a string nor a list of parts: {str(content)[:60]}."
@@ -125,6 +126,10 @@ def _message(index: int, turn: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"message {index} has a text that is not a string: {text!r}.")
         if kind not in ("text", *MEDIA):
             raise UserError(f"message {index} has a part of type {kind!r}; use text, image or video.")
+        if kind == "text" and part.get("text") is None:
+            raise UserError(f"message {index} has a part of type 'text' without `text`.")
+        if kind in MEDIA and text:
+            raise UserError(f"message {index} has a text in a part of type {kind!r}; give it a part of its own.")
         if kind in MEDIA and role != "user":
             raise UserError(f"message {index} ({role}) has a part of type {kind!r}, which only users can send.")
         if reserved := RESERVED.search(text):
@@ -167,6 +172,8 @@ def _file(value: Any, kind: str, folder: Path | None) -> dict[str, Any]:
 
 def _video(value: Any, folder: Path | None) -> dict[str, Any]:
     if isinstance(value, list):
+        if not value:
+            raise UserError("one of its videos has no frames.")
         return {"path": None, "bytes": None, "frames": [_file(frame, "image", folder) for frame in value]}
     return {**_file(value, "video", folder), "frames": None}
 

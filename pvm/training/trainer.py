@@ -67,6 +67,7 @@ class PVMTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines; below 1, a share of all."})
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gates; by default that of the other weights."}
     )
