@@ -49,8 +49,7 @@ class AdapterMixin:
 
         Raises:
             ValueError: if an adapter checkpoint has no base, or would be pushed with a base on this machine; if the
-            model
-                holds a PEFT adapter, because transformers would save nothing else.
+                model holds a PEFT adapter, because transformers would save nothing else.
         """
         if self._hf_peft_config_loaded:
             raise ValueError(
@@ -88,14 +87,13 @@ class AdapterMixin:
         """
         Load a PVM checkpoint (whole, or an adapter with its base), a stock Qwen3-VL checkpoint (its branches are new,
         with gates of zero), or one of the authors' implementation. For other branches pass
-        `config=Qwen3VLPVMConfig.from_stock( ...)`, for a base at another place `base_model_name_or_path=...`. Only
+        `config=Qwen3VLPVMConfig.from_stock(...)`, for a base somewhere else `base_model_name_or_path=...`. Only
         safetensors are read.
 
         Raises:
             OSError: if the checkpoint or its base could not be loaded.
-            ValueError: if the base does not fit; if weights are missing (but for the branches of a stock checkpoint);
-            if a
-                gate is corrupted, or all are zero although the branches were trained.
+            ValueError: if the base does not fit, if weights are missing (other than new branches), if a gate is
+                corrupted, or if all are zero although the branches were trained.
         """
         name, config = pretrained_model_name_or_path, kwargs.get("config")
         download = {key: kwargs[key] for key in DOWNLOAD_KWARGS if key in kwargs}
@@ -103,23 +101,22 @@ class AdapterMixin:
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or name, **download)
         peft_adapter = config.peft_adapter
-        if name is not None and (config.base_model_name_or_path or "base_model_name_or_path" in kwargs):
+        is_adapter = name is not None and (config.base_model_name_or_path or "base_model_name_or_path" in kwargs)
+        if is_adapter:
             config = copy.deepcopy(config)
             for key in ("base_model_name_or_path", "base_model_revision"):
                 setattr(config, key, kwargs.pop(key, getattr(config, key)))
             if cls.can_generate():
                 kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(name, **download))
-            kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS}
-            kwargs |= {"config": config, "state_dict": _load_adapter_weights(name, config, download)}
-            pretrained_model_name_or_path = None
+            kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_KWARGS} | {"config": config}
         try:
-            model, loading_info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            if is_adapter:
+                kwargs["state_dict"] = _load_adapter_weights(name, config, download)
+            model, loading_info = super().from_pretrained(None if is_adapter else name, *args, **kwargs)
         except SafetensorError as error:
-            raise OSError(f"A file of weights of {name} is damaged: {error}. Get the complete checkpoint.") from error
+            raise OSError(f"A file of weights of {name} or its base is damaged: {error}. Get it again.") from error
         model.name_or_path = model.config.name_or_path = str(name)
-        stored = (
-            kwargs["state_dict"] if "state_dict" in kwargs else _stored_names(name, download, kwargs.get("variant"))
-        )
+        stored = kwargs.get("state_dict") or _stored_names(name, download, kwargs.get("variant"))
         _check_missing(model, name, loading_info["missing_keys"], stored)
         _check_gates(model, name)
         if peft_adapter is not None:
@@ -170,17 +167,13 @@ def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -
             f"{name} was trained on revision {trained_on} of {metadata.get('base_model')}, and is loaded into "
             f"revision {found or 'unknown'} of {base}. If the weights differ, so do its answers."
         )
-    try:
-        branches = load_file(cached_file(name, ADAPTER_WEIGHTS_NAME, **download))
-        weights = {key: weight for file in files for key, weight in load_file(file).items()}
-    except SafetensorError as error:
-        raise OSError(f"A file of weights of {name} or {base} is damaged: {error}. Get it again.") from error
+    branches = load_file(cached_file(name, ADAPTER_WEIGHTS_NAME, **download))
     if foreign := sorted(key for key in branches if ".pvm_block." not in key):
         raise ValueError(
             f"{ADAPTER_WEIGHTS_NAME} of {name} holds weights outside of the branches, e.g. {foreign[0]}, which would "
             "replace the base's. Do not trust this checkpoint."
         )
-    return weights | branches
+    return {key: weight for file in files for key, weight in load_file(file).items()} | branches
 
 
 def _check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> None:

@@ -21,17 +21,14 @@ NO_POSITION = torch.iinfo(torch.int32).max
 @dataclass
 class VisualMemory:
     """
-    What a conversation has seen. An offloaded cache leaves it on the accelerator: it is about 1 % of the cache's
-    bytes.
+    What a conversation has seen. An offloaded cache leaves it on the accelerator: about 1 % of the cache's bytes.
 
-    positions (`torch.IntTensor` `[batch, visual]`): of the visual tokens in the sequence; `NO_POSITION` in empty
-    slots.
+    positions (`torch.IntTensor` `[batch, visual]`): of the visual tokens in the sequence; `NO_POSITION` if empty.
     rope_deltas (`torch.IntTensor` `[batch, visual]`): rotary position of text that would follow the token, minus the
         number of tokens (without padding) up to it.
     complete (`bool`): no slot is empty.
     keys, values (`dict[int, torch.Tensor]`): by decoder layer, `[batch, key_value_heads, visual, head_dim]` each, in
-    the
-        branch's dtype.
+        the branch's dtype.
     """
 
     positions: torch.IntTensor

@@ -78,10 +78,9 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
             hidden_states=self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attn_output
-        memory = None if past_key_values is None else visual_memory  # gradient checkpointing, run twice, has no cache
+        memory = None if past_key_values is None else visual_memory  # checkpointing runs this twice, without a cache
         if memory is not None and visual_embeds is not None:
-            # Not before the first layer: only now is the cache, which the stock decoder may create, certain to have
-            # one.
+            # Here, because the stock decoder may create the cache, and a cache its first layer when it is used.
             set_visual_memory(past_key_values, memory)
 
         index = cross_attention_metadata.query_index
@@ -176,6 +175,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 "`model.set_attn_implementation('eager')` first."
             )
 
+        if image_kv_cache not in ("keep", "skip"):
+            raise ValueError(f"`image_kv_cache={image_kv_cache!r}`: pass 'keep' or 'skip'.")
         use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
         if not isinstance(use_pvm, bool) and not (
             isinstance(use_pvm, list | tuple | set)
@@ -210,10 +211,11 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 positions, is_text = pack(is_text & is_token)
             metadata = self._metadata(is_text, positions, memory.positions, not wants_attention)
         elif memory is not None:  # all of which lies before this pass
-            present = memory.positions.to(inputs_embeds.device) != NO_POSITION
-            attends = present.any(dim=1)[:, None, None]
-            mask = (present[:, None] | ~attends)[:, None]
-            metadata = CrossAttentionMetadata() if memory.complete else CrossAttentionMetadata(None, attends, mask)
+            metadata = CrossAttentionMetadata()
+            if not memory.complete:
+                present = memory.positions.to(inputs_embeds.device) != NO_POSITION
+                attends = present.any(dim=1)[:, None, None]
+                metadata = CrossAttentionMetadata(None, attends, (present[:, None] | ~attends)[:, None])
 
         kwargs |= {"visual_embeds": visual_embeds, "visual_memory": memory, "cross_attention_metadata": metadata}
         if image_kv_cache == "skip" and visual_pos_masks is not None:
