@@ -84,7 +84,7 @@ class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
             set_visual_memory(past_key_values, memory)
 
         index = cross_attention_metadata.query_index
-        queries = hidden_states if index is None else hidden_states.take_along_dim(index[..., None], dim=1)
+        queries = hidden_states if index is None else take(hidden_states, index)
         branch = self.pvm_block(queries, visual_embeds, cross_attention_metadata, memory)
 
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -201,7 +201,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 positions=(visual_index + past_length).masked_fill(~present, NO_POSITION).int(),
                 rope_deltas=deltas.expand_as(visual_pos_masks).gather(1, visual_index).int(),
             )
-            visual_embeds = inputs_embeds.take_along_dim(visual_index[..., None], dim=1)
+            visual_embeds = take(inputs_embeds, visual_index)
             is_text = ~visual_pos_masks
             positions = torch.arange(is_text.shape[1], device=is_text.device)[None] + past_length
             if image_kv_cache == "skip":
@@ -238,7 +238,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         output = super().forward(
             attention_mask=is_text.long(),
             position_ids=position_ids[-3:].take_along_dim(index[None], dim=2),
-            inputs_embeds=inputs_embeds.take_along_dim(index[..., None], dim=1),
+            inputs_embeds=take(inputs_embeds, index),
             **kwargs,
         )
         states = output.last_hidden_state * is_text[..., None]
@@ -279,6 +279,11 @@ def pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor
     longest = max(int(count.max()), 1)
     index = selected.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     return index, torch.arange(longest, device=selected.device) < count
+
+
+def take(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """`states` `[batch, sequence, hidden_size]` at `index` `[batch, n]`. (take_along_dim would copy the index.)"""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
