@@ -23,7 +23,8 @@ RECIPE = (
     *("dataset_config", "dataset_split", "max_samples", "max_length", "train_on", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "num_processes", "learning_rate", "gate_learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "weight_decay", "optim", "bf16", "fp16", "dtype", "load_in_4bit", "lora_rank", "lora_alpha"),
-    *("image_dropout", "seed"),
+    *("image_dropout", "num_generations", "max_completion_length", "temperature", "loss_type", "reward_functions"),
+    *("reward_weights", "match", "seed"),
 )
 
 
@@ -66,7 +67,8 @@ def training_record(
     The content of training.json, without paths of this machine.
 
     Args:
-        settings (`dict[str, Any]`): what [`pvm.training.resume.run_settings`] returns, or at least `method`.
+        settings (`dict[str, Any]`): what [`pvm.training.resume.run_settings`] returns, or at least `method`; of a
+            second stage also its `stage` and the record of the `previous` one.
         state (`TrainerState`): steps, epochs and losses so far.
     """
     total = count_parameters(model)[-1]
@@ -78,7 +80,10 @@ def training_record(
     if isinstance(model.config, Qwen3VLPVMConfig):  # training may have started from another PVM checkpoint
         base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     on_hub = base is not None and public_name(base)["on_hub"]
+    rewards = [entry["reward"] for entry in state.log_history if "reward" in entry]
     return {
+        "stage": settings.get("stage", "sft"),
+        "previous": settings.get("previous"),
         "method": settings["method"],
         "base_model": base if on_hub else None,
         "base_revision": revision if on_hub else None,
@@ -87,12 +92,23 @@ def training_record(
         "steps": state.max_steps,
         "epochs": None if state.epoch is None else round(state.epoch, 3),
         "last_loss": losses[-1] if losses else None,
+        "last_reward": rewards[-1] if rewards else None,
         "trained_parameters": total.trainable,
         "all_parameters": total.total,
         "arguments": {key: settings[key] for key in RECIPE if key in settings},
         "hardware": f"{settings.get('num_processes', 1)} x {device}",
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def training_metadata(record: dict[str, Any]) -> dict[str, Any]:
+    """What a config says about a training, of its [`training_record`]; after a second stage, about both."""
+    metadata = {key: record[key] for key in ("method", "step", "base_model", "base_revision")}
+    metadata["image_dropout"] = record["arguments"].get("image_dropout", 0.0)
+    if record.get("stage", "sft") != "sft":  # records of release 0.1.0 do not name it
+        previous = record["previous"]
+        metadata |= {"stage": record["stage"], "previous": previous and training_metadata(previous)}
+    return metadata
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.card import write_card
 from pvm.checkpoints.push import push
-from pvm.checkpoints.record import PEFT_ORIGINAL, training_record, write_record
+from pvm.checkpoints.record import PEFT_ORIGINAL, training_metadata, training_record, write_record
 from pvm.data.encoding import IGNORE_INDEX
 from pvm.data.streams import ConversationStream
 from pvm.errors import UserError, user_errors
@@ -138,13 +138,10 @@ class _StopBeforeTraining(TrainerCallback):
         raise _AllLoaded
 
 
-class PVMTrainer(Trainer):
+class CheckpointingTrainer(Trainer):
     """
-    Trains any of the methods.
+    What the trainers of both stages share: checkpoints, resuming, the log of the branches.
 
-    - The loss is the mean over all labels of a step, across micro-batches and ranks.
-    - Logits are computed only at the tokens that predict a label: with a vocabulary of 151,936 the others would take
-      most of the memory.
     - A checkpoint holds what was trained, in the backbone's dtype, and all that is needed to load and push it: config,
       code files, processor, card. Branches that train in float32 over another dtype are also kept in float32 for
       resuming, so that a resumed run continues exactly where it stopped.
@@ -165,12 +162,11 @@ class PVMTrainer(Trainer):
         quantized = "quantization_config" in model.config.to_dict()
         # Trainer assumes that nothing trains in a quantised model unless peft put it there.
         model.is_quantized = False
-        super().__init__(model, *args, compute_loss_func=loss_of_predictions, **kwargs)
+        super().__init__(model, *args, **kwargs)
         model.is_quantized = quantized
         # Trainer sets this to turn the cache off. The model does not read it, and every config.json would have it.
         del model.config.use_cache
         self.settings = settings
-        self.image_dropout = ImageDropout(self.args.image_dropout, self.args.seed)
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
         self.add_callback(self.branch_gradients)
@@ -194,13 +190,6 @@ class PVMTrainer(Trainer):
                     super().train(resume_from_checkpoint, **kwargs)
                 return None
         return super().train(resume_from_checkpoint, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.image_dropout(self.state.global_step):
-            inputs = without_image(self.accelerator.unwrap_model(model), inputs)
-        positions, targets = predictions(inputs["labels"])
-        inputs = {**inputs, "labels": targets, "logits_to_keep": positions, "use_cache": False}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @user_errors("The optimizer cannot be created")
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -229,32 +218,6 @@ class PVMTrainer(Trainer):
     @user_errors("The learning rate schedule cannot be created")
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         return super().create_scheduler(*args, **kwargs)
-
-    @user_errors("The rows cannot be batched")
-    def get_train_dataloader(self) -> DataLoader:
-        """Rows in random order as in `Trainer`; those of a stream as they arrive."""
-        if not isinstance(self.train_dataset, ConversationStream):
-            loader = super().get_train_dataloader()
-            if len(loader) == 0:
-                raise UserError("--dataloader_drop_last: there are fewer rows than one batch. Leave it out.")
-            return loader
-        if self.args.train_sampling_strategy != "random":
-            raise UserError(
-                "--train_sampling_strategy needs all rows at once, and --streaming reads one after another. Leave it "
-                "out; --shuffle_buffer_size 1 keeps the order of the rows."
-            )
-        # Each rank's stream is already its own share. accelerate would divide it again, or read on one rank and split
-        # batches along their first dimension, which differs between pixels and tokens.
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            pin_memory=self.args.dataloader_pin_memory,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            in_order=self.args.dataloader_in_order,
-        )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add each branch's gate and the norm of its gradient to every logged loss."""
@@ -291,6 +254,11 @@ class PVMTrainer(Trainer):
         with staged(Path(output_dir or self.args.output_dir), self.accelerator, self.args.should_save) as staging:
             self._write_model(staging)
 
+    @property
+    def saves_branches_only(self) -> bool:
+        """Whether the language model around the branches is frozen, but for LoRA: its weights are the base's."""
+        return bool(pvm_blocks(self.model)) and not self.model.get_input_embeddings().weight.requires_grad
+
     def _write_model(self, folder: Path) -> None:
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         state_dict = self.accelerator.get_state_dict(model)  # on all ranks, each of which may hold a shard
@@ -298,9 +266,11 @@ class PVMTrainer(Trainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         record = training_record(self.model, self.settings, self.state)
-        if pvm_blocks(self.model):
+        if self.saves_branches_only:
             save_branches(folder, self.model, state_dict, record)
         else:
+            if pvm_blocks(self.model):
+                self.model.config.get_text_config().pvm_training = training_metadata(record)
             self.model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -331,7 +301,7 @@ class PVMTrainer(Trainer):
                 remove(Path(old))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if pvm_blocks(self.model) and not self.is_fsdp_enabled:
+        if self.saves_branches_only and not self.is_fsdp_enabled:
             load_branches(Path(resume_from_checkpoint), self.model)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -346,6 +316,53 @@ class PVMTrainer(Trainer):
 
     def _push(self, folder: Path, commit_message: str) -> None:
         push(folder, self.hub_model_id, commit_message, self.args.hub_revision, self.args.hub_token)
+
+
+class PVMTrainer(CheckpointingTrainer):
+    """
+    Trains any of the methods on conversations.
+
+    - The loss is the mean over all labels of a step, across micro-batches and ranks.
+    - Logits are computed only at the tokens that predict a label: with a vocabulary of 151,936 the others would take
+      most of the memory.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=loss_of_predictions, **kwargs)
+        self.image_dropout = ImageDropout(self.args.image_dropout, self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.image_dropout(self.state.global_step):
+            inputs = without_image(self.accelerator.unwrap_model(model), inputs)
+        positions, targets = predictions(inputs["labels"])
+        inputs = {**inputs, "labels": targets, "logits_to_keep": positions, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @user_errors("The rows cannot be batched")
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows in random order as in `Trainer`; those of a stream as they arrive."""
+        if not isinstance(self.train_dataset, ConversationStream):
+            loader = super().get_train_dataloader()
+            if len(loader) == 0:
+                raise UserError("--dataloader_drop_last: there are fewer rows than one batch. Leave it out.")
+            return loader
+        if self.args.train_sampling_strategy != "random":
+            raise UserError(
+                "--train_sampling_strategy needs all rows at once, and --streaming reads one after another. Leave it "
+                "out; --shuffle_buffer_size 1 keeps the order of the rows."
+            )
+        # Each rank's stream is already its own share. accelerate would divide it again, or read on one rank and split
+        # batches along their first dimension, which differs between pixels and tokens.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+        )
 
 
 def predictions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
