@@ -29,6 +29,7 @@ class ConversationEncoder:
         max_length (`int`, *optional*): maximum tokens of a conversation. Longer ones are refused, never truncated.
         train_on (`str`): which of the assistant's turns are labels, "all" or "last".
         prompt_only (`bool`): replace the last assistant turn by the generation prompt; without labels.
+        max_image_tokens (`int`, *optional*): maximum tokens of an image. Larger ones are refused, never shrunk.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class ConversationEncoder:
         max_length: int | None = None,
         train_on: str = "all",
         prompt_only: bool = False,
+        max_image_tokens: int | None = None,
     ):
         self.processor = processor
+        self.max_image_tokens = max_image_tokens
         self.max_length = max_length
         self.train_on = train_on
         self.prompt_only = prompt_only
@@ -81,6 +84,13 @@ class ConversationEncoder:
                 f"the conversation has {length} tokens ({visual} of them visual), more than max_length "
                 f"{self.max_length}. Nothing is truncated: raise max_length, shrink the images, or remove the row."
             )
+        if self.max_image_tokens is not None and "image_grid_thw" in example:
+            largest = int(example["image_grid_thw"].prod(dim=1).max()) // self.processor.image_processor.merge_size**2
+            if largest > self.max_image_tokens:
+                raise UserError(
+                    f"an image has {largest} tokens, more than the {self.max_image_tokens} that can be sampled from: "
+                    "make it smaller, or remove the row."
+                )
         if not self.prompt_only:
             example["labels"] = self._labels(example["input_ids"], conversation)
         return example

@@ -35,6 +35,7 @@ def load_training_data(
     processor: ProcessorMixin,
     needs_visuals: bool,
     console: Console,
+    **encoder_arguments,
 ) -> ConversationDataset | ConversationStream | None:
     """
     The data of a training run, with every row checked; rows of a stream are checked when they are read.
@@ -42,6 +43,7 @@ def load_training_data(
     Args:
         needs_visuals (`bool`): refuse data without any image or video.
         console (`rich.console.Console`): where the main process prints what the data is.
+        encoder_arguments: further ones of [`ConversationEncoder`], if the data is not for training on answers.
 
     Returns:
         `ConversationDataset`, `ConversationStream`, or `None` after a dry run.
@@ -51,7 +53,7 @@ def load_training_data(
             also at the end of a dry run.
     """
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    settings = {"max_length": arguments.max_length, "train_on": arguments.train_on}
+    settings = {"max_length": arguments.max_length, "train_on": arguments.train_on, **encoder_arguments}
     if arguments.streaming:
         if training_args.max_steps < 1:
             raise UserError("--streaming true needs --max_steps, because the number of rows is unknown.")
@@ -186,7 +188,7 @@ def _check_row(
         "problem": None,
         "length": len(example["input_ids"]),
         "visual_tokens": int((example["mm_token_type_ids"] > 0).sum()),
-        "label_tokens": int((example["labels"] >= 0).sum()),
+        "label_tokens": int((example["labels"] >= 0).sum()) if "labels" in example else 0,
     }
 
 
