@@ -23,17 +23,16 @@ Public benchmarks, through lmms-eval (docs/benchmarks.md):
 
 import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
 
-import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
 from pvm.arguments import parse_arguments, refuse_flags
-from pvm.errors import UserError
+from pvm.errors import UserError, ends_in_a_sentence
 from pvm.evaluation.arguments import WITH_TASKS, EvalArguments, check_arguments
 from pvm.evaluation.report import checkpoint_lines, findings, remarks, rich_tables
 from pvm.evaluation.run import evaluate
+from pvm.files import locked
 from pvm.lmms.run import BenchmarkArguments, run_benchmarks
 
 
@@ -44,12 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
         refuse_flags(args, WITH_TASKS, "is about a data set, and does nothing with --tasks")
         shared = {name: vars(args)[name] for name in ("dtype", "max_samples", "max_new_tokens", "overwrite")}
         paths = {model.label: model.path for model in models}
-        run_benchmarks(paths, benchmarks, Path(args.output_dir), batch_size=args.batch_size or 1, **shared)
+        with locked(Path(args.output_dir)):
+            run_benchmarks(paths, benchmarks, Path(args.output_dir), batch_size=args.batch_size or 1, **shared)
         return
     refuse_flags(benchmarks, (), "does nothing without --tasks")
     if args.dataset_name is None:
         raise UserError("There is nothing to evaluate on: give --dataset_name or --tasks.")
-    report = evaluate(args, models)
+    with locked(Path(args.output_dir)):
+        report = evaluate(args, models)
 
     console = Console(soft_wrap=True)
     for line in [*checkpoint_lines(report), *remarks(report)]:
@@ -62,9 +63,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_a_sentence("eval.py", "interrupted. The same command resumes it."):
         main()
-    except (UserError, StrictDataclassError, OSError) as error:
-        sys.exit(f"eval.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted. The same command resumes it.")

@@ -23,11 +23,11 @@ import pvm  # noqa: F401, I001  (first: it makes torchvision importable where it
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import ProcessorMixin, set_seed
 
 from pvm.arguments import parse_arguments
 from pvm.checkpoints.loading import load_processor
@@ -35,9 +35,10 @@ from pvm.checkpoints.record import count_parameters
 from pvm.data.encoding import ConversationCollator
 from pvm.data.sources import DataArguments
 from pvm.data.validation import load_training_data
-from pvm.errors import UserError, user_errors
+from pvm.errors import UserError, ends_in_a_sentence, user_errors
 from pvm.training.methods import ModelArguments, load_model, model_config
 from pvm.training.resume import find_checkpoint, run_settings
+from pvm.training.saving import locked_on_main_process
 from pvm.training.trainer import PVMTrainer, PVMTrainingArguments
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, DataArguments, PVMTrainingArguments), __doc__, arguments
     )
-    name, output_dir = model_args.model_name_or_path, training_args.output_dir
+    name = model_args.model_name_or_path
     console = Console(soft_wrap=True, quiet=training_args.process_index > 0)
     model_config(model_args)  # refuse what does not fit before going through the data
     settings = run_settings(model_args, data_args, training_args)
@@ -66,16 +67,35 @@ def main(arguments: list[str] | None = None) -> None:
             f"--push_to_hub: the base {name} is a local folder that nobody else has. Give its name on the Hub with "
             "--base_model_id, or train without pushing and make a whole checkpoint (python -m pvm convert)."
         )
-    checkpoint = None if data_args.dry_run else find_checkpoint(training_args, settings)
-    # Text-only batches give the vision tower no gradient.
-    training_args.ddp_find_unused_parameters = model_args.method == "full"
     with user_errors("--seed"):
         set_seed(training_args.seed)
-
     processor = load_processor(name, model_args.model_revision)
-    dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
     if data_args.dry_run:
+        load_training_data(data_args, training_args, processor, model_args.has_branches, console)
         return
+    with locked_on_main_process(Path(training_args.output_dir), training_args.process_index == 0):
+        train(model_args, data_args, training_args, settings, processor, console)
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: PVMTrainingArguments,
+    settings: dict[str, Any],
+    processor: ProcessorMixin,
+    console: Console,
+) -> None:
+    """
+    A run, from the check of its data to its result in the output folder, which nobody else may write into meanwhile.
+
+    Args:
+        settings (`dict[str, Any]`): [`run_settings`].
+    """
+    name, output_dir = model_args.model_name_or_path, training_args.output_dir
+    checkpoint = find_checkpoint(training_args, settings)
+    dataset = load_training_data(data_args, training_args, processor, model_args.has_branches, console)
+    # Text-only batches give the vision tower no gradient.
+    training_args.ddp_find_unused_parameters = model_args.method == "full"
     model = load_model(model_args)
     console.print(parameter_table(model))
 
@@ -119,9 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_a_sentence(
+        "train.py", "interrupted. If there is a checkpoint, --resume_from_checkpoint last continues from it."
+    ):
         main()
-    except (UserError, StrictDataclassError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted. If there is a checkpoint, --resume_from_checkpoint last continues from it.")

@@ -4,10 +4,7 @@ import importlib
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-
-from pvm.errors import UserError
+from pvm.errors import ends_in_a_sentence
 
 
 # The module whose `main` is called, and what the command does. Only the chosen one is imported.
@@ -35,12 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     command = parser.parse_args(arguments[:1]).command
     module, _ = COMMANDS[command]
-    try:
+    with ends_in_a_sentence(f"pvm {command}"):
         importlib.import_module(module).main(arguments[1:])
-    except (UserError, StrictDataclassError, SafetensorError, OSError) as error:
-        sys.exit(f"pvm {command}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"pvm {command}: interrupted")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""The one exception that the command lines print as a sentence instead of a traceback."""
+"""The exceptions that the commands print as a sentence instead of a traceback."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 
 # What libraries raise for values they do not accept and for packages that are not installed.
@@ -35,3 +39,31 @@ def user_errors(subject: str) -> Iterator[None]:
         raise
     except REFUSALS as error:
         raise UserError(f"{subject}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Iterator[None]:
+    """
+    Around the `main` of a command. Exit status: 2 for a `UserError`, as argparse; 1 if a file is damaged or cannot be
+    read or written; 130 for Ctrl-C, as shells count it.
+
+    Args:
+        command (`str`): its name.
+        interrupted (`str`): what to say after Ctrl-C.
+    """
+    try:
+        if sys.getfilesystemencoding() != "utf-8":
+            raise UserError(
+                f"Python reads file names as {sys.getfilesystemencoding()}, and other characters in paths and data "
+                "would get lost. Set the environment variable PYTHONUTF8=1."
+            )
+        yield
+        return
+    except UserError as error:
+        status, sentence = 2, f"error: {error}"
+    except (StrictDataclassError, SafetensorError, OSError) as error:
+        status, sentence = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        status, sentence = 130, interrupted
+    print(f"{command}: {sentence}", file=sys.stderr)
+    sys.exit(status)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from pvm.errors import UserError
-from pvm.files import write_atomically
+from pvm.files import locked, write_atomically
 from pvm.training.methods import METHODS
 
 
@@ -200,9 +200,8 @@ def train_all(runs: list[Run], jobs: int, run_script: RunScript, description: st
             for future in futures:
                 future.result()
                 bar.update()
-        except UserError:
+        finally:  # after a failure or Ctrl-C, none that has not begun begins
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def choose_learning_rates(runs: list[Run], output_dir: str) -> dict[str, float]:
@@ -241,16 +240,25 @@ def main(arguments: list[str] | None = None, run_script: RunScript = run_script)
         parser.error(f"--jobs {args.jobs}: must be at least 1")
     study = Study.load(args.config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with locked(Path(study.output_dir)):
+        run_study(study, args.jobs, run_script)
 
+
+def run_study(study: Study, jobs: int, run_script: RunScript) -> None:
+    """
+    Train and evaluate what has not been yet.
+
+    Raises: see [`main`].
+    """
     tries = [
         Run(study, name, rate, study.seeds[0])
         for name, method in study.methods.items()
         for rate in method["learning_rates"]
     ]
-    train_all(tries, args.jobs, run_script, "learning rates")
+    train_all(tries, jobs, run_script, "learning rates")
     rates = choose_learning_rates(tries, study.output_dir)
     runs = [Run(study, name, rates[name], seed) for name in study.methods for seed in study.seeds]
-    train_all(runs, args.jobs, run_script, "seeds")
+    train_all(runs, jobs, run_script, "seeds")
 
     settings = {"output_dir": str(Path(study.output_dir) / "report"), **study.evaluate}
     settings["model"] = [study.train["model_name_or_path"], *(str(run.folder) for run in runs)]

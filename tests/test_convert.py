@@ -201,8 +201,9 @@ def test_an_interrupted_conversion_leaves_nothing(adapter, tmp_path, monkeypatch
 def test_as_a_command(adapter, monkeypatch, capsys):
     """Errors end as one sentence."""
     monkeypatch.setattr(sys, "argv", ["pvm", "convert", str(adapter), str(adapter), "--to", "whole"])
-    with pytest.raises(SystemExit, match=f"^pvm convert: error: {adapter} is not empty"):
+    with pytest.raises(SystemExit, match="2"):
         commands.main()
+    assert capsys.readouterr().err.startswith(f"pvm convert: error: {adapter} is not empty")
     commands.main([])
     help_text = capsys.readouterr().out
     assert all(f"\n  {command} " in help_text for command in commands.COMMANDS)

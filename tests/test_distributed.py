@@ -16,6 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from pvm.checkpoints.loading import load_checkpoint
+from pvm.files import locked
 from training import PVM, ROOT, arguments, losses, run, weights
 
 
@@ -62,8 +63,10 @@ def folder(config, base, conversations, tmp_path_factory) -> Path:
             flags = ("--streaming", "true", "--dataloader_num_workers", workers, "--max_steps", "8")
             add(f"stream-{workers}", *PVM, *flags, data=folder / "data")
         add("refused", *PVM, "--streaming", "true", "--dataloader_num_workers", "7")
+        add("locked", *PVM)
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch(config, folder / "cases.json")
+    with locked(folder / "locked"):
+        launch(config, folder / "cases.json")
     return folder
 
 
@@ -156,3 +159,9 @@ def test_two_processes_refuse_a_stream_alike(folder):
     for rank in (0, 1):
         assert "UserError: " in (folder / f"refused.log.{rank}").read_text()
         assert "data.jsonl has 12 rows for 14 readers" in (folder / f"refused.log.{rank}").read_text()
+
+
+@pytest.mark.parametrize("config", ["ddp"], indirect=True)
+def test_two_processes_are_refused_alike_where_another_process_writes(folder):
+    for rank in (0, 1):
+        assert "UserError: Another process is writing into" in (folder / f"locked.log.{rank}").read_text()

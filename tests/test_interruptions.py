@@ -1,4 +1,4 @@
-"""Runs that are stopped from outside are resumed as if nothing had happened, and leave no incomplete files behind."""
+"""Runs that are stopped or disturbed from outside go on as if nothing had happened, and leave no incomplete files."""
 
 import multiprocessing
 import os
@@ -12,7 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from pvm.checkpoints import convert
 from pvm.errors import UserError
+from pvm.files import LOCK
 from pvm.training import trainer
 from pvm.training.saving import STAGING
 from training import PVM, ROOT, losses, run, weights
@@ -52,7 +54,8 @@ def run_into(log: Path, *args) -> None:
     run(*args)
 
 
-def wait_for(condition, process: multiprocessing.Process, log: Path) -> None:
+def wait_for(condition, run: tuple[multiprocessing.Process, Path]) -> None:
+    process, log = run
     deadline = time.monotonic() + 120
     while not condition():
         assert process.is_alive(), log.read_text()
@@ -79,8 +82,8 @@ def test_killed_during_a_save(base, conversations, whole, start, tmp_path):
     staged = output_dir / STAGING
     for step in (2, 4, 6):
         process, log = start(output_dir, *FLAGS, *(LAST if output_dir.exists() else ()))
-        wait_for((output_dir / f"checkpoint-{step}").exists, process, log)
-        wait_for(lambda: any(staged.glob(f"checkpoint-*/{ADAPTER_WEIGHTS_NAME}")), process, log)
+        wait_for((output_dir / f"checkpoint-{step}").exists, (process, log))
+        wait_for(lambda: any(staged.glob(f"checkpoint-*/{ADAPTER_WEIGHTS_NAME}")), (process, log))
         process.kill()
         process.join()
         assert list(staged.iterdir()), "the save was over before the signal came: no test"
@@ -95,7 +98,7 @@ def test_terminated(base, conversations, whole, start, tmp_path):
     """SIGTERM saves the step that was being made, and says how to resume."""
     output_dir = tmp_path / "run"
     process, log = start(output_dir, *FLAGS, "--save_steps", "100")
-    wait_for(lambda: log.exists() and "'loss'" in log.read_text(), process, log)  # the first step is over
+    wait_for(lambda: log.exists() and "'loss'" in log.read_text(), (process, log))  # the first step is over
     os.kill(process.pid, signal.SIGTERM)
     process.join(120)
     assert process.exitcode == 1
@@ -104,6 +107,24 @@ def test_terminated(base, conversations, whole, start, tmp_path):
     assert not (output_dir / ADAPTER_WEIGHTS_NAME).exists(), "it is not finished"
     run(base, conversations, output_dir, *FLAGS, *LAST)
     assert_same_run(output_dir, whole)
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(base, conversations, whole, start, tmp_path):
+    """One is started at the same moment, one later, to resume, and one to write elsewhere into the folder."""
+    output_dir = tmp_path / "run"
+    runs = [start(output_dir, *FLAGS) for _ in range(2)]
+    wait_for(lambda: any(not process.is_alive() for process, _ in runs), runs[0])
+    (second, log), (first, first_log) = sorted(runs, key=lambda run: run[0].is_alive())
+    assert second.exitcode == 1 and "Another process is writing into" in log.read_text()
+    wait_for((output_dir / "checkpoint-1").exists, (first, first_log))
+    with pytest.raises(UserError, match=f"Another process is writing into {output_dir}. Wait until it has finished"):
+        run(base, conversations, output_dir, *FLAGS, *LAST)
+    with pytest.raises(UserError, match="Another process is writing into"):
+        convert.main([str(output_dir / "checkpoint-1"), str(output_dir), "--to", "whole"])
+    first.join(120)
+    assert first.exitcode == 0, first_log.read_text()
+    assert_same_run(output_dir, whole)
+    assert not (output_dir / LOCK).exists()
 
 
 def test_killed_before_the_first_checkpoint_is_a_new_run(base, conversations, whole, tmp_path):

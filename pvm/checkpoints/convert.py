@@ -32,6 +32,7 @@ from pvm.checkpoints.loading import load_processor, load_weights
 from pvm.checkpoints.names import branch_block, checkpoint_kind
 from pvm.checkpoints.record import RECORD
 from pvm.errors import UserError
+from pvm.files import LOCK, locked
 
 
 def load_merged(name: str, revision: str) -> Qwen3VLPVMForConditionalGeneration:
@@ -117,7 +118,7 @@ def convert(args: Namespace) -> None:
         UserError: if the folder is not empty, or the checkpoint cannot have that form.
     """
     name, folder = args.checkpoint, args.folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_dir() and any(file.name != LOCK for file in folder.iterdir()):
         raise UserError(f"{folder} is not empty and would be overwritten. Choose another folder.")
     kind, block = checkpoint_kind(name, args.revision), branch_block(name, args.revision)
     if kind != "pvm":
@@ -138,9 +139,7 @@ def convert(args: Namespace) -> None:
             revision = extract_commit_hash(cached_file(base, CONFIG_NAME, revision=revision or "main"), None)
         model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
 
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
         staging = Path(temporary, "checkpoint")
         save(model, staging, args.to)
         try:
@@ -150,10 +149,9 @@ def convert(args: Namespace) -> None:
         if Path(name, RECORD).is_file():
             shutil.copy(Path(name, RECORD), staging)
         if args.to != "reference":
-            write_card(staging, folder.name)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staging, folder)
+            write_card(staging, folder.resolve().name)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+            os.replace(file, folder / file.name)  # without config.json, the last one, nothing loads the folder
     print(f"Written: {folder}")
 
 
@@ -165,4 +163,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--revision", default="main", help="Branch, tag or commit of a checkpoint on the Hub.")
     parser.add_argument("--base", help="With --to adapter: folder or Hub name of the base, if not recorded.")
     parser.add_argument("--base_revision", help="Branch, tag or commit of the base on the Hub.")
-    convert(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    with locked(args.folder):
+        convert(args)

@@ -5,15 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pvm.errors import UserError
 from pvm.files import write_atomically
 
 
 class Progress:
     """
-    The folder that holds the finished parts of an evaluation until its report is written.
+    The folder that holds the finished parts of an evaluation until its report is written. For one process at a time.
 
     Args:
         folder (`Path`): created if it does not exist.
@@ -21,19 +19,12 @@ class Progress:
         overwrite (`bool`): delete such parts instead of raising.
 
     Raises:
-        UserError: if the folder holds parts of another evaluation or a damaged file, or if another process uses it.
+        UserError: if the folder holds parts of another evaluation or a damaged file.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False):
         self.folder, self.parts = folder, folder / "parts"
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock")  # released when the process ends, however it ends
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"Another process is evaluating into {folder.parent}. Choose another --output_dir."
-            ) from error
         file = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
         try:
@@ -74,7 +65,6 @@ class Progress:
 
     def remove(self) -> None:
         """Delete the folder, once the report is written."""
-        self._lock.release()
         shutil.rmtree(self.folder)
 
     def _read(self, file: Path) -> Any:

@@ -108,12 +108,9 @@ def report_files(output_dir: Path) -> list[Path]:
 
 def check_output(output_dir: Path, overwrite: bool) -> None:
     """
-    Create the folder.
-
     Raises:
         UserError: if it holds a report that may not be overwritten, or other files with the names of a report's.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     old = report_files(output_dir)
     if output_dir / "report.json" in old:
         if not overwrite:

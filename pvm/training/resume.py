@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pvm.data.sources import DataArguments
 from pvm.data.validation import REPORTS
 from pvm.errors import UserError
+from pvm.files import LOCK
 from pvm.training.methods import ModelArguments, base_model
 from pvm.training.saving import SETTINGS, STAGING
 
@@ -36,9 +37,7 @@ def find_checkpoint(arguments: TrainingArguments, settings: dict[str, Any]) -> s
         _check_resume(Path(resume), arguments, settings)
         if Path(resume).resolve().parent == output_dir.resolve():
             return resume
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file. Name a folder.")
-    leftovers = (STAGING, *REPORTS)
+    leftovers = (LOCK, STAGING, *REPORTS)
     if output_dir.is_dir() and any(
         file.name not in leftovers and not file.match("skipped_rows-*.jsonl") for file in output_dir.iterdir()
     ):

@@ -4,18 +4,22 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
+from pvm.checkpoints.record import training_metadata
+from pvm.errors import UserError
+from pvm.files import locked
 
 
 LORA_FOLDER = "lora"
@@ -42,9 +46,7 @@ def save_branches(
     branches, lora = _trained_weights(model, state_dict)
     plain_model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = plain_model.config
-    metadata = {key: record[key] for key in ("method", "step", "base_model", "base_revision")}
-    metadata["image_dropout"] = record["arguments"].get("image_dropout", 0.0)
-    config.get_text_config().pvm_training = metadata
+    config.get_text_config().pvm_training = training_metadata(record)
     config.peft_adapter = LORA_FOLDER if lora else None
     branches = {name: weight.to(plain_model.dtype) for name, weight in branches.items()}
     plain_model.save_pretrained(folder, state_dict=branches, adapter_only=True)
@@ -88,6 +90,27 @@ def _trained_weights(
     if isinstance(model, PeftModel):
         lora = {name: weight.contiguous() for name, weight in state_dict.items() if name not in branches}
     return {name.removeprefix(PEFT_PREFIX): weight for name, weight in branches.items()}, lora
+
+
+@contextmanager
+def locked_on_main_process(folder: Path, is_main_process: bool) -> Iterator[None]:
+    """
+    [`locked`] by the main process, which the others follow. Must be called on all ranks.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if is_main_process:
+            try:
+                stack.enter_context(locked(folder))
+            except UserError as error:
+                refusal = str(error)
+        (refusal,) = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise UserError(refusal)
+        yield
 
 
 @contextmanager
