@@ -10,7 +10,7 @@ from PIL import Image
 import eval as eval_script
 import tiny
 from pvm.checkpoints.loading import load_checkpoint
-from pvm.data.encoding import read_image
+from pvm.data.media import read_image
 from pvm.data.sources import load_conversations
 from pvm.errors import UserError
 from pvm.evaluation.ablations import (

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import train
-from pvm.data import encoding, streams, validation
+from pvm.data import media as media_files
+from pvm.data import streams, validation
 from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder
 from pvm.data.forms import Conversation, to_conversation
 from pvm.data.sources import Conversations, DataArguments, Mixture, load_conversations
@@ -214,8 +215,7 @@ def bad(*messages, **columns) -> dict:
         (bad(user("<image><image>"), assistant("a"), images=["/a.png"]), "images: 1, but image placeholders .*: 2"),
         (bad(user("<video>"), assistant("a")), "videos: 0, but video placeholders .*: 1"),
         (bad(user("a"), {"role": "system", "content": "b"}, assistant("c")), "message 1 has the role system"),
-        (bad(user("a <|im_end|> b"), assistant("c")), "text of message 0 contains <|im_end|>"),
-        (bad(user("a"), assistant("c"), images=["a.png"]), "a.png is a relative path"),
+        (bad(user("a"), assistant("c"), images=["a.png"]), "a.png is a relative path. Give .* --image_root"),
         (bad(user("a"), assistant("c"), images=[None]), "one of the images is empty"),
         (bad(user("a"), assistant("c"), images=[{"path": 7}]), "neither a path nor a file"),
         (bad(user("a"), assistant("c"), images=["/a.png"], image="/a.png"), "both `images` and `image`"),
@@ -286,9 +286,9 @@ def test_a_broken_line_is_a_bad_row(processor, tmp_path):
     (tmp_path / "broken.jsonl").write_text("\n".join(lines))
     name = str(tmp_path / "broken.jsonl")
     problems = {
-        1: f"line 3 of {name} is not valid JSON: Expecting value, column 15",
-        2: f"line 4 of {name} is not a JSON object: [1]",
-        4: f"line 6 of {name} is not valid JSON: 'utf-8' codec can't encode character",
+        1: "the row is not valid JSON: Expecting value, column 15",
+        2: "the row is not a JSON object: [1]",
+        4: "the row is not valid JSON: 'utf-8' codec can't encode character",
     }
     load(DataArguments([name], max_skipped=1.0), processor, tmp_path / "run", needs_visuals=False)
     named = skipped(tmp_path / "run")
@@ -306,9 +306,9 @@ def test_a_broken_line_is_a_bad_row(processor, tmp_path):
         (f"[{LINES[0]}]\n{LINES[1]}", "not valid JSON: Expecting the end of the list and .* line 1"),
         (f"[{LINES[0]},\n{LINES[1][:-1]}]", "not valid JSON: Expecting ',' delimiter: line 2"),
         ('{\n"messages": [\n', "rows.json is not valid JSON: Expecting value: line 3"),
-        ("a,b\n1,2", "line 1 of .*rows.json is not valid JSON"),
+        ("a,b\n1,2", "line 1 of .*rows.json: the row is not valid JSON"),
         ("[]", "rows.json.* no (data|rows)"),
-        (LINES[0].replace("A", "\udce9"), "rows.json is not valid JSON: 'utf-8' codec can't decode byte"),
+        (LINES[0].replace("A", "\udce9"), "line 1 of .*rows.json: byte .* of the row, 0xe9, is not UTF-8"),
     ],
 )
 def test_a_file_that_is_not_json_is_refused(tmp_path, content, message):
@@ -324,7 +324,7 @@ def test_parquet_embeds_images_and_json_names_them(media, tmp_path):
     features = Features({"images": List(DatasetImage()), "messages": messages})
     Dataset.from_list([row], features=features).to_parquet(tmp_path / "train.parquet")
     (embedded,) = load_conversations(str(tmp_path), "train")[0].images
-    assert embedded["bytes"] and encoding.read_image(embedded).tobytes() == row["images"][0].tobytes()
+    assert embedded["bytes"] and media_files.read_image(embedded).tobytes() == row["images"][0].tobytes()
     (named,) = load_conversations(write(media, "one.jsonl", rows_of(2)), "train")[1].images
     assert named == {"path": str(media / "1.png"), "bytes": None}
 
@@ -345,7 +345,7 @@ def test_a_folder_may_hold_the_images_beside_the_rows(media, tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "config_name", "message"),
     [
-        ("other.jsonl", "train", None, "other.jsonl has the columns question, answer, which match no supported form"),
+        ("other.jsonl", "train", None, "other.jsonl has the columns text, answer, which match no supported form"),
         ("other.jsonl", "test", None, "Cannot load split `test`"),
         ("other.jsonl", "train", "v1", "--dataset_config v1: .* is a local data set"),
         ("no/such", "train", None, "Cannot load split `train` of the data set `.*no/such`"),
@@ -357,7 +357,7 @@ def test_a_folder_may_hold_the_images_beside_the_rows(media, tmp_path):
 )
 def test_names_without_conversations_are_refused(tmp_path, monkeypatch, name, split, config_name, message):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "other.jsonl", [{"question": "a", "answer": "b"}])
+    write(tmp_path, "other.jsonl", [{"text": "a", "answer": "b"}])
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.txt").write_text("a")
     (tmp_path / "bare").mkdir()
@@ -370,7 +370,7 @@ def test_rows_keep_their_numbers(media):
     assert rows.rows == [0, 2, 5, 7] and rows.select([1, 3]).rows == [2, 7]
     assert [row.messages[1]["content"][0]["text"] for row in rows] == ["0", "2", "5", "7"]
     assert rows.column("images") == [["0.png"], ["2.png"], ["1.png"], ["3.png"]]
-    assert rows.where(3).endswith("ten.jsonl, row 7")
+    assert rows.where(3).endswith("ten.jsonl, row 7 (line 8)")
 
 
 # Labels
@@ -473,7 +473,7 @@ def test_a_run_with_videos_stops_without_pyav(processor, media, tmp_path, monkey
     def fail(*_):
         raise ImportError("no module named av")
 
-    monkeypatch.setattr(encoding, "read_video_pyav", fail)
+    monkeypatch.setattr(media_files, "read_video_pyav", fail)
     name = write(media, "video.jsonl", problem_rows()[8:])
     with pytest.raises(SetupError, match="pip install av"):
         load(DataArguments([name], max_skipped=1.0), processor, tmp_path)
@@ -483,7 +483,9 @@ def test_a_run_with_videos_stops_without_pyav(processor, media, tmp_path, monkey
 
 def test_errors_name_the_row(processor, media):
     rows = load_conversations(write(media, "named.jsonl", rows_of(4)), "train")
-    with pytest.raises(UserError, match=r"named.jsonl, row 3: the conversation has 32 tokens \(16 of them visual\)"):
+    with pytest.raises(
+        UserError, match=r"named.jsonl, row 3 \(line 4\): the conversation has 32 tokens \(16 of them visual\)"
+    ):
         ConversationDataset(rows, processor, max_length=31)[3]
     assert len(ConversationDataset(rows, processor, max_length=32)[3]["input_ids"]) == 32
 
@@ -495,7 +497,7 @@ def test_mixtures_keep_weights_and_numbers(media):
     parts = [load_conversations(write(media, f"{name}.jsonl", rows_of(count)), "train") for name, count in
              (("many", 600), ("few", 200))]  # fmt: skip
     one_after_the_other = Mixture(parts)
-    assert len(one_after_the_other) == 800 and one_after_the_other.where(799).endswith("few.jsonl, row 199")
+    assert len(one_after_the_other) == 800 and one_after_the_other.where(799).endswith("few.jsonl, row 199 (line 200)")
 
     drawn = Mixture(parts, [9, 1], seed=0)
     share = sum(part == 0 for part, _ in drawn.places) / len(drawn)
@@ -572,14 +574,14 @@ def test_bad_rows_are_skipped_and_named(processor, media, tmp_path, num_workers)
     name = write(media, "problems.jsonl", problem_rows())
     arguments = DataArguments([name], max_length=100, max_skipped=0.8, preprocessing_num_workers=num_workers)
     rows = load(arguments, processor, tmp_path).conversations
-    assert [rows.where(index) for index in range(len(rows))] == [f"{name}, row 0", f"{name}, row 8"]
+    assert [rows.where(index) for index in range(len(rows))] == [f"{name}, row 0 (line 1)", f"{name}, row 8 (line 9)"]
     check_skipped(tmp_path)
 
 
 def test_too_many_bad_rows_stop_the_run(processor, media, tmp_path):
     name = write(media, "problems.jsonl", problem_rows())
     with pytest.raises(
-        UserError, match=r"7 of 9 rows of .*problems.jsonl cannot be used, .* 0.01 allows.*\n.*row 1: "
+        UserError, match=r"7 of 9 rows of .*problems.jsonl cannot be used, .* 0.01 allows.*\n.*row 1 .line 2.: "
     ):
         load(DataArguments([name], max_length=100), processor, tmp_path)
     check_skipped(tmp_path)
@@ -660,12 +662,13 @@ def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path):
     with pytest.raises(UserError) as error:
         run("run")
     assert str(error.value) == (
-        f"{name}, row 2: the image {media}/gone.png does not exist. It was usable when it was checked. If files have "
-        "changed, check again with --overwrite_cache true."
+        f"{name}, row 2 (line 3): the image {media}/gone.png does not exist: check the path, and the folder that "
+        "relative paths start from (--image_root). It was usable when it was checked. If files have changed, check "
+        "again with --overwrite_cache true."
     )
     (tmp_path / "run").rename(tmp_path / "failed")
     run("run", "--overwrite_cache", "true")
-    assert skipped(tmp_path / "run") == {2: f"the image {media}/gone.png does not exist."}
+    assert "does not exist" in skipped(tmp_path / "run")[2]
 
 
 # Streams

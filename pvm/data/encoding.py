@@ -1,19 +1,17 @@
 """Conversations as tensors with a label mask, and batches of them."""
 
+import hashlib
 import json
-from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from datasets import Image
 from transformers import ProcessorMixin
-from transformers.video_utils import VideoMetadata, read_video_pyav
 
-from pvm.data.forms import Conversation
+from pvm.data.forms import Conversation, message_text
+from pvm.data.media import read_bytes, read_image, read_video
 from pvm.data.sources import Conversations, Mixture
-from pvm.errors import SetupError, UserError
+from pvm.errors import UserError
 
 
 IGNORE_INDEX = -100  # labels that the losses of torch and transformers ignore
@@ -29,7 +27,7 @@ class ConversationEncoder:
         max_length (`int`, *optional*): maximum tokens of a conversation. Longer ones are refused, never truncated.
         train_on (`str`): which of the assistant's turns are labels, "all" or "last".
         prompt_only (`bool`): replace the last assistant turn by the generation prompt; without labels.
-        max_image_tokens (`int`, *optional*): maximum tokens of an image. Larger ones are refused, never shrunk.
+        check (`Callable`, *optional*): called with the conversation and its inputs, to raise what else is a problem.
     """
 
     def __init__(
@@ -38,13 +36,13 @@ class ConversationEncoder:
         max_length: int | None = None,
         train_on: str = "all",
         prompt_only: bool = False,
-        max_image_tokens: int | None = None,
+        check: Callable[[Conversation, dict[str, torch.Tensor]], None] | None = None,
     ):
         self.processor = processor
-        self.max_image_tokens = max_image_tokens
         self.max_length = max_length
         self.train_on = train_on
         self.prompt_only = prompt_only
+        self.check = check
         tokenizer = processor.tokenizer
         self.turn_start = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         self.turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -68,6 +66,9 @@ class ConversationEncoder:
             videos = [read_video(video, self.processor.video_processor) for video in conversation.videos]
             media["videos"], media["video_metadata"] = map(list, zip(*videos))
             media["do_sample_frames"] = False  # `read_video` has sampled them
+            # Otherwise guessed from the shape, and wrongly for videos of 1 or 3 pixels.
+            media["videos_kwargs"] = {"input_data_format": "channels_first"}
+        refuse_special_tokens(conversation.messages, self.processor)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=self.prompt_only)
         try:
             inputs = self.processor(text=[text], **media, return_tensors="pt", return_mm_token_type_ids=True)
@@ -84,13 +85,8 @@ class ConversationEncoder:
                 f"the conversation has {length} tokens ({visual} of them visual), more than max_length "
                 f"{self.max_length}. Nothing is truncated: raise max_length, shrink the images, or remove the row."
             )
-        if self.max_image_tokens is not None and "image_grid_thw" in example:
-            largest = int(example["image_grid_thw"].prod(dim=1).max()) // self.processor.image_processor.merge_size**2
-            if largest > self.max_image_tokens:
-                raise UserError(
-                    f"an image has {largest} tokens, more than the {self.max_image_tokens} that can be sampled from: "
-                    "make it smaller, or remove the row."
-                )
+        if self.check is not None:
+            self.check(conversation, example)
         if not self.prompt_only:
             example["labels"] = self._labels(example["input_ids"], conversation)
         return example
@@ -124,49 +120,58 @@ class ConversationEncoder:
         return turns
 
 
-def read_image(file: dict[str, Any]) -> Any:
+def refuse_special_tokens(messages: Sequence[dict[str, Any]], processor: ProcessorMixin) -> None:
     """
-    Decode an image of a [`Conversation`] as an RGB picture.
+    Make sure that all special tokens of a conversation are the chat template's. In a text, also if two parts make one
+    together, they would be parsed as turns, images or the end of an answer, and learned.
+
+    Args:
+        messages (`Sequence[dict]`): of a [`Conversation`].
 
     Raises:
-        UserError: if the file does not exist or cannot be decoded.
+        UserError: naming the token and, if one message contains it, the message.
     """
-    try:
-        return Image().decode_example(file).convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"the image {file['path']} does not exist.") from error
-    except Exception as error:  # Pillow raises exceptions of many types for broken files
-        raise UserError(f"the image {file['path'] or ''} cannot be read: {error}") from error
+    tokenizer = processor.tokenizer
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def special_tokens(messages: list[dict[str, Any]]) -> list[int]:
+        ids = tokenizer(processor.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+        return [id for id in ids if id in special]
+
+    # The same messages with harmless texts.
+    blank = [
+        {
+            **message,
+            "content": [{**part, "text": "x"} if part["type"] == "text" else part for part in message["content"]],
+        }
+        for message in messages
+    ]
+    found, expected = special_tokens(list(messages)), special_tokens(blank)
+    if found == expected:
+        return
+    extra = next((id for id in found if found.count(id) > expected.count(id)), found[0] if found else None)
+    token = tokenizer.convert_ids_to_tokens(extra)
+    index = next((index for index, message in enumerate(messages) if token in message_text(message)), None)
+    raise UserError(
+        f"the text{'s together' if index is None else f' of message {index}'} contain{'' if index is None else 's'} "
+        f"{token}, which the chat format reserves. Remove it, or write it differently."
+    )
 
 
-def read_video(video: dict[str, Any], video_processor: Any) -> tuple[Any, VideoMetadata]:
+def content_digest(conversation: Conversation) -> str:
     """
-    Decode a video of a [`Conversation`]. Files are sampled as the video processor specifies; a list of images is taken
-    to be sampled at that rate already.
-
-    Returns:
-        Frames `[frames, height, width, 3]` or a list of pictures, and their metadata.
+    SHA-256 of the texts and media files of a row, wherever those are.
 
     Raises:
-        UserError: if the file does not exist or cannot be decoded.
-        SetupError: if PyAV is not installed.
+        UserError: if a file cannot be read.
     """
-    if video["frames"] is not None:
-        frames = [read_image(frame) for frame in video["frames"]]
-        if len({frame.size for frame in frames}) > 1:
-            raise UserError("the images of a video differ in size.")
-        indices = list(range(len(frames)))
-        return frames, VideoMetadata(len(frames), fps=video_processor.fps, frames_indices=indices)
-    if video["bytes"] is None and not Path(video["path"]).is_file():
-        raise UserError(f"the video {video['path']} does not exist.")
-    source = video["path"] if video["bytes"] is None else BytesIO(video["bytes"])
-    try:
-        # transformers would use torchcodec, which needs a system-wide FFmpeg. PyAV includes its own.
-        return read_video_pyav(source, video_processor.sample_frames)
-    except ImportError as error:
-        raise SetupError("reading videos needs PyAV: pip install av.") from error
-    except Exception as error:  # so does PyAV
-        raise UserError(f"the video {video['path'] or ''} cannot be read: {error}") from error
+    digest = hashlib.sha256(json.dumps([conversation.messages, conversation.prompt_messages]).encode())
+    files = [(image, "image") for image in conversation.images]
+    for video in conversation.videos:
+        files += [(video, "video")] if video["frames"] is None else [(frame, "image") for frame in video["frames"]]
+    for file, kind in files:
+        digest.update(read_bytes(file, kind))
+    return digest.hexdigest()
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -176,14 +181,21 @@ class ConversationDataset(torch.utils.data.Dataset):
     Args:
         conversations (`Conversations` or `Mixture`): the rows.
         advice (`str`): ends the message about a row that cannot be used.
+        fingerprint (`str`, *optional*): what the rows contain; the same for the same rows somewhere else.
         processor, max_length, train_on, prompt_only: see [`ConversationEncoder`].
     """
 
     def __init__(
-        self, conversations: Conversations | Mixture, processor: ProcessorMixin, advice: str = "", **encoder_arguments
+        self,
+        conversations: Conversations | Mixture,
+        processor: ProcessorMixin,
+        advice: str = "",
+        fingerprint: str | None = None,
+        **encoder_arguments,
     ):
         self.conversations = conversations
         self.advice = advice
+        self.fingerprint = fingerprint
         self.encoder = ConversationEncoder(processor, **encoder_arguments)
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 from pvm.errors import UserError
 
 
-JSON_ROW = Features({"file": Value("string"), "line": Value("int64"), "json": Value("string")})
+JSON_ROW = Features({"file": Value("string"), "line": Value("int64"), "json": Value("binary")})
 FIRST_ROWS = 100  # rows that determine which columns a file has
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
@@ -55,24 +55,25 @@ def load_json(data_files: str | dict[str, list[str]], split: str, streaming: boo
     return builder.as_dataset(split=split)
 
 
-def json_texts(file: str) -> Iterator[tuple[int, str]]:
+def json_texts(file: str) -> Iterator[tuple[int, bytes]]:
     """
-    The rows of a file, each with the number of its first line, from 1. Blank lines are skipped. Lines of JSON Lines
-    are not parsed here, so that a broken line is one bad row.
+    The rows of a file, each with the number of its first line, from 1. Blank lines are skipped. Rows are not decoded
+    and lines of JSON Lines not parsed here, so that a broken line or a byte that is not UTF-8 is one bad row.
 
     Raises:
-        UserError: if the file is not UTF-8, or is a broken list or a broken sequence of objects.
+        UserError: if the file is a broken list or a broken sequence of objects.
     """
     try:
-        with open(file, encoding="utf-8-sig") as stream:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
             first = ""
             while not first and (beginning := stream.readline(1000)):  # a list of gigabytes may be one line
                 first = beginning.strip()
             stream.seek(0)
             if first.startswith("[") or first == "{":
-                yield from _values(stream.read())
+                rows = _values(stream.read())
             else:
-                yield from ((number, line.strip()) for number, line in enumerate(stream, start=1) if line.strip())
+                rows = ((number, line.strip()) for number, line in enumerate(stream, start=1) if line.strip())
+            yield from ((number, row.encode("utf-8", "surrogateescape")) for number, row in rows)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from error
 
@@ -100,21 +101,55 @@ def parse_row(row: dict[str, Any]) -> dict[str, Any]:
     Parse a `JSON_ROW`; a row of any other kind is returned as it is.
 
     Raises:
-        UserError: naming file and line, if it is not a JSON object.
+        UserError: if it is not a JSON object in UTF-8, or an object has a key twice. It does not name the row; see
+            [`place`].
     """
     if row.keys() != JSON_ROW.keys():
         return row
-    place = f"line {row['line']} of {row['file']}"
     try:
-        value = json.loads(row["json"])
-        if "\\ud" in row["json"].lower():  # half of a surrogate pair can be neither tokenized nor written
+        text = row["json"].decode()
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text.lower():  # half of a surrogate pair can be neither tokenized nor written
             json.dumps(value, ensure_ascii=False).encode()
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} of the row, 0x{error.object[error.start]:02x},"
+        raise UserError(f"{byte} is not UTF-8. Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{place} is not valid JSON: {reason}. Fix or remove it.") from error
+        raise UserError(f"the row is not valid JSON: {reason}. Fix or remove it.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{place} is not a JSON object: {row['json'][:60]}. Fix or remove it.")
+        raise UserError(f"the row is not a JSON object: {text[:60]}. Fix or remove it.")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # the standard library would keep the last one
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"an object has the key `{twice}` twice. Remove one.")
+    return value
+
+
+def json_origin(row: dict[str, Any]) -> dict[str, Any]:
+    """`file` and `line` (from 1) of a `JSON_ROW`; nothing of any other row."""
+    return {key: row[key] for key in ("file", "line")} if row.keys() == JSON_ROW.keys() else {}
+
+
+def place(origin: dict[str, Any]) -> str:
+    """
+    Where a row is, for messages: "rows.jsonl, row 0 (line 1)".
+
+    Args:
+        origin (`dict`): `dataset`, its name; `row`, from 0; and those of [`json_origin`].
+    """
+    where = f"{origin['dataset']}, row {origin['row']}"
+    if "line" not in origin:
+        return where
+    of_file = "" if Path(origin["file"]).name == Path(origin["dataset"]).name else f" of {origin['file']}"
+    return f"{where} (line {origin['line']}{of_file})"
 
 
 def json_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -124,14 +159,14 @@ def json_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
     Raises:
         UserError: if all of these rows are broken.
     """
-    columns, problem = {}, None
+    columns, first = {}, None
     for row in islice(rows, FIRST_ROWS):
         try:
             columns |= dict.fromkeys(parse_row(row))
         except UserError as error:
-            problem = problem or error
-    if problem is not None and not columns:
-        raise problem
+            first = first or UserError(f"line {row['line']} of {row['file']}: {error}")
+    if first is not None and not columns:
+        raise first
     return list(columns)
 
 

@@ -1,8 +1,10 @@
 """Data sets: files, folders and Hub names loaded as rows, rows read as conversations, several data sets mixed."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from datasets import (
@@ -22,7 +24,7 @@ from datasets import (
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from pvm.data.forms import Conversation, check_columns, to_conversation
-from pvm.data.json_rows import JSON_ROW, json_column, json_columns, load_json, parse_row
+from pvm.data.json_rows import JSON_ROW, json_column, json_columns, json_origin, load_json, parse_row, place
 from pvm.errors import UserError
 
 
@@ -37,6 +39,7 @@ class Source(NamedTuple):
     config_name: str | None
     split: str
     max_samples: int | None
+    image_root: str | None
 
 
 @dataclass
@@ -55,6 +58,20 @@ class DataArguments:
     dataset_split: list[str] = field(
         default_factory=lambda: ["train"],
         metadata={"help": "E.g. `train` or `train[:1000]`; one for all, or one per data set."},
+    )
+    image_root: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or zip file that relative paths of images and videos start from, by default the folder of "
+            "the data file; one for all, or one per data set."
+        },
+    )
+    allow_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "Fetch images that rows name by http(s) URLs. Only for data that you trust: it could make this "
+            "machine call any address it can reach."
+        },
     )
     dataset_weights: list[float] | None = field(
         default=None,
@@ -116,6 +133,7 @@ class DataArguments:
         for flag, values in (
             ("dataset_config", self.dataset_config),
             ("dataset_split", self.dataset_split),
+            ("image_root", self.image_root),
             ("max_samples", self.max_samples),
         ):
             if values is not None and len(values) not in (1, count):
@@ -151,12 +169,17 @@ class DataArguments:
         names = self.dataset_name
         columns = (
             values * len(names) if len(values) == 1 else values
-            for values in (self.dataset_config or [None], self.dataset_split, self.max_samples or [None])
+            for values in (
+                self.dataset_config or [None],
+                self.dataset_split,
+                self.max_samples or [None],
+                self.image_root or [None],
+            )
         )
         sources = []
-        for name, config_name, split, max_samples in zip(names, *columns):
+        for name, config_name, split, *rest in zip(names, *columns):
             label = name if names.count(name) == 1 else f"{name} ({', '.join(filter(None, (config_name, split)))})"
-            sources.append(Source(label, name, config_name, split, max_samples))
+            sources.append(Source(label, name, config_name, split, *rest))
         return sources
 
 
@@ -167,16 +190,25 @@ class Conversations:
     Args:
         name (`str`): the name of the data set in messages.
         dataset (`datasets.Dataset`): rows of any supported form.
-        folder (`Path`, *optional*): what relative paths of images and videos are relative to.
+        root (`Path`, *optional*): the folder or zip file that relative paths of images and videos start from.
+        allow_image_urls (`bool`): fetch images that rows name by http(s) URLs.
         rows (`Sequence[int]`, *optional*): the rows to use; all by default.
     """
 
-    def __init__(self, name: str, dataset: Dataset, folder: Path | None = None, rows: Sequence[int] | None = None):
+    def __init__(
+        self,
+        name: str,
+        dataset: Dataset,
+        root: Path | None = None,
+        allow_image_urls: bool = False,
+        rows: Sequence[int] | None = None,
+    ):
         self.name = name
         # Images are decoded one by one in encoding, so that the error for a broken one can name it.
         self.dataset = dataset.with_format("arrow")
         self.features = undecoded(dataset.features)
-        self.folder = folder
+        self.root = root
+        self.allow_image_urls = allow_image_urls
         self.rows = range(len(dataset)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -187,16 +219,25 @@ class Conversations:
         Raises:
             UserError: if the row is invalid. The message does not name the row; see `where`.
         """
+        return to_conversation(parse_row(self._row(index)), self.root, self.allow_image_urls)
+
+    def _row(self, index: int) -> dict[str, Any]:
         (row,) = self.dataset[self.rows[index]].to_pylist()
-        return to_conversation(parse_row(self.features.decode_example(row)), self.folder)
+        return self.features.decode_example(row)
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where a row is: `dataset`, `row` (its number, from 0), and in JSON files `file` and `line` (from 1)."""
+        origin = {"dataset": self.name, "row": self.rows[index]}
+        return {**origin, **json_origin(self._row(index))} if self._is_json else origin
 
     def where(self, index: int) -> str:
-        """Data set and row number, for messages."""
-        return f"{self.name}, row {self.rows[index]}"
+        """The same, for messages."""
+        return place(self.origin(index))
 
     def select(self, indices: Sequence[int]) -> "Conversations":
         """A subset, in which rows keep their numbers."""
-        return Conversations(self.name, self.dataset, self.folder, [self.rows[index] for index in indices])
+        rows = [self.rows[index] for index in indices]
+        return Conversations(self.name, self.dataset, self.root, self.allow_image_urls, rows)
 
     def sample(self, count: int | None) -> "Conversations":
         """At most `count` rows, spread evenly."""
@@ -290,13 +331,21 @@ def load_sources(arguments: DataArguments) -> list[Conversations]:
     """Load the data sets of a command line, each reduced to its `--max_samples`."""
     loaded = []
     for source in arguments.sources():
-        conversations = load_conversations(source.name, source.split, source.config_name).sample(source.max_samples)
+        conversations = load_conversations(
+            source.name, source.split, source.config_name, source.image_root, arguments.allow_image_urls
+        )
         conversations.name = source.label
-        loaded.append(conversations)
+        loaded.append(conversations.sample(source.max_samples))
     return loaded
 
 
-def load_conversations(name: str, split: str, config_name: str | None = None) -> Conversations:
+def load_conversations(
+    name: str,
+    split: str,
+    config_name: str | None = None,
+    image_root: str | None = None,
+    allow_image_urls: bool = False,
+) -> Conversations:
     """
     Load a data set of conversations in any of the supported forms.
 
@@ -304,14 +353,17 @@ def load_conversations(name: str, split: str, config_name: str | None = None) ->
         name (`str`): a .json, .jsonl or .parquet file, a folder of those, or a data set on the Hub.
         split (`str`): e.g. "train", "test", "train[:1000]". A single file has one split, "train".
         config_name (`str`, *optional*): configuration of a data set on the Hub.
+        image_root (`str`, *optional*): the folder or zip file that relative paths of images and videos start from;
+            the folder of the data file by default.
+        allow_image_urls (`bool`): fetch images that rows name by http(s) URLs.
 
     Raises:
-        UserError: if the data set or split does not exist, is empty, or matches no supported form.
+        UserError: if the data set, split or root does not exist, is empty, or matches no supported form.
     """
     dataset = load_rows(name, split, config_name)
     if len(dataset) == 0:
         raise UserError(f"{name}, split {split}, has no rows.")
-    conversations = Conversations(name, dataset, data_folder(name))
+    conversations = Conversations(name, dataset, media_root(name, image_root), allow_image_urls)
     check_columns(name, conversations.columns)
     return conversations
 
@@ -330,6 +382,8 @@ def load_rows(
         raise UserError(f"{name}: no such file.")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise UserError(f"{name}: a data file must end in one of {', '.join(FILE_FORMATS)}.")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{name} is neither a file nor a folder. Save the rows to a file.")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{name} is empty.")
     if path.exists() and config_name is not None:
@@ -353,9 +407,19 @@ def load_rows(
     return dataset
 
 
-def data_folder(name: str) -> Path | None:
-    """What relative paths in a local data set are relative to; `None` for one on the Hub."""
-    path = Path(name).absolute()
+def media_root(name: str, image_root: str | None) -> Path | None:
+    """
+    What relative paths of images start from: `image_root`, or the folder of a local data set; `None` for one on the
+    Hub.
+
+    Raises:
+        UserError: if `image_root` is neither a folder nor a file.
+    """
+    path = Path(name if image_root is None else image_root).absolute()
+    if image_root is not None:
+        if not path.exists():
+            raise UserError(f"--image_root {image_root}: no such folder or zip file.")
+        return path
     return (path.parent if path.is_file() else path) if path.exists() else None
 
 
@@ -372,13 +436,24 @@ def undecoded(features: Features) -> Features:
     return Features(without_decoding(features))
 
 
-def _folder_files(path: Path) -> tuple[str, dict[str, list[str]]]:
-    """The format of the data files in a folder, and the files by split; images in the folder are ignored."""
-    patterns = get_data_patterns(str(path))
-    files = DataFilesDict.from_patterns(patterns, base_path=str(path), allowed_extensions=list(FILE_FORMATS))
-    files = {split: [str(file) for file in found] for split, found in files.items() if found}
-    formats = {FILE_FORMATS[Path(file).suffix] for found in files.values() for file in found}
+def _folder_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
+    """The format of the data files in a folder, and the files by split; other files in the folder are ignored."""
+    found = {
+        (Path(parent) / file).relative_to(folder)
+        for parent, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if Path(file).suffix in FILE_FORMATS
+    }
+    if not found:
+        raise UserError(f"{folder} contains no {', '.join(FILE_FORMATS)} file. Give the name of one file.")
+    # The rules of `datasets` for splits go through a folder many times: they get one without its 50,000 images.
+    with TemporaryDirectory() as names:
+        for file in found:
+            (names / file).parent.mkdir(parents=True, exist_ok=True)
+            (names / file).touch()
+        files = DataFilesDict.from_patterns(get_data_patterns(names), base_path=names)
+        files = {split: [Path(file).relative_to(names) for file in files[split]] for split in files}
+    formats = {FILE_FORMATS[file.suffix] for found in files.values() for file in found}
     if len(formats) != 1:
-        found = "both JSON and Parquet files" if formats else f"no {', '.join(FILE_FORMATS)} file"
-        raise UserError(f"{path} contains {found}. Give the name of one file.")
-    return formats.pop(), files
+        raise UserError(f"{folder} contains both JSON and Parquet files. Give the name of one file.")
+    return formats.pop(), {split: [str(folder / file) for file in found] for split, found in files.items()}

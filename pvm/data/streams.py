@@ -1,5 +1,6 @@
 """Data sets too large to check before training: their rows are read, checked, shuffled and encoded during it."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -10,20 +11,24 @@ from typing import Any
 import torch
 from datasets import Features, IterableDataset, List, Value
 
-from pvm.data.encoding import ConversationEncoder
+from pvm.data.encoding import ConversationEncoder, content_digest
 from pvm.data.forms import Conversation, check_columns, to_conversation
-from pvm.data.json_rows import JSON_ROW, json_columns, parse_row
-from pvm.data.sources import DataArguments, data_folder, load_rows, mix, undecoded
+from pvm.data.json_rows import JSON_ROW, json_columns, json_origin, parse_row, place
+from pvm.data.sources import DataArguments, load_rows, media_root, mix, undecoded
 from pvm.errors import SetupError, UserError
 
 
 WATCH_AFTER = 500  # rows of a stream before its share of unusable ones is judged
+FINGERPRINT_ROWS = 100  # of each stream
+ORIGIN = ("dataset", "row", "file", "line")
 _FILE = {"path": Value("string"), "bytes": Value("binary")}
 # A conversation with its origin: columns that are the same for all forms, so that streams can be mixed.
 RECORD = Features(
     {
         "dataset": Value("string"),
         "row": Value("int64"),
+        "file": Value("string"),
+        "line": Value("int64"),
         "problem": Value("string"),
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
@@ -59,7 +64,11 @@ def load_streams(arguments: DataArguments) -> list[IterableDataset]:
                 with_indices=True,
                 remove_columns=list(first),
                 features=RECORD,
-                fn_kwargs={"name": source.label, "folder": data_folder(source.name)},
+                fn_kwargs={
+                    "name": source.label,
+                    "root": media_root(source.name, source.image_root),
+                    "allow_urls": arguments.allow_image_urls,
+                },
             )
         )
     return streams
@@ -83,6 +92,18 @@ def read_streams(
     return _rows(mix(shares, arguments.dataset_weights, arguments.stopping_strategy, seed))
 
 
+def stream_fingerprint(streams: Sequence[IterableDataset]) -> str:
+    """What the first rows of [`load_streams`] contain, for [`ConversationStream`]."""
+    digest = hashlib.sha256()
+    for stream in streams:
+        for record in stream.take(FINGERPRINT_ROWS):
+            try:
+                digest.update(content_digest(_from_record(record)).encode())
+            except UserError:
+                digest.update(b"unusable")
+    return f"{len(streams)} streams that begin with {digest.hexdigest()[:16]}"
+
+
 class ConversationStream(torch.utils.data.IterableDataset):
     """
     The rows of [`load_streams`] as model inputs, repeated without end: readers have different numbers of usable rows,
@@ -98,6 +119,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
         output_dir (`str` or `Path`): folder of the reports.
         seed (`int`): seed of the order.
         rank, world_size (`int`): of this process.
+        fingerprint (`str`, *optional*): see [`pvm.data.encoding.ConversationDataset`].
     """
 
     def __init__(
@@ -109,6 +131,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        fingerprint: str | None = None,
     ):
         self.streams = streams
         self.encoder = encoder
@@ -117,6 +140,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.fingerprint = fingerprint
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """
@@ -142,7 +166,8 @@ class ConversationStream(torch.utils.data.IterableDataset):
                     raise
                 except UserError as error:
                     skipped += 1
-                    last = {"dataset": record["dataset"], "row": record["row"], "problem": str(error)}
+                    origin = {key: record[key] for key in ORIGIN if record[key] is not None}
+                    last = {**origin, "problem": str(error)}
                     if epoch == 0:
                         with open(report, "a", encoding="utf-8") as file:
                             file.write(json.dumps(last, ensure_ascii=False) + "\n")
@@ -159,7 +184,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
             raise UserError(
                 f"{skipped} of the first {seen} rows cannot be used, more than --max_skipped "
                 f"{self.arguments.max_skipped:g} allows. {self.output_dir}/skipped_rows-*.jsonl lists them; the last: "
-                f"{last['dataset']}, row {last['row']}: {last['problem']}"
+                f"{place(last)}: {last['problem']}"
             )
 
 
@@ -178,12 +203,13 @@ def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
         yield {key: value for key, (value,) in batch.items()}
 
 
-def _to_record(row: dict[str, Any], index: int, name: str, folder: Path | None) -> dict[str, Any]:
+def _to_record(row: dict[str, Any], index: int, name: str, root: Path | None, allow_urls: bool) -> dict[str, Any]:
     try:
-        conversation, problem = to_conversation(parse_row(row), folder), None
+        conversation, problem = to_conversation(parse_row(row), root, allow_urls), None
     except UserError as error:
         conversation, problem = Conversation([]), str(error)
-    return {"dataset": name, "row": index, "problem": problem, **asdict(conversation)}
+    origin = {"dataset": name, "row": index, "file": None, "line": None, **json_origin(row)}
+    return {**origin, "problem": problem, **asdict(conversation)}
 
 
 def _from_record(record: dict[str, Any]) -> Conversation:

@@ -1,5 +1,6 @@
 """Validation before training: every row is encoded once, statistics are collected, and unusable rows are left out."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -16,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
-from pvm.data.encoding import ConversationDataset, ConversationEncoder, processor_state
+from pvm.data.encoding import ConversationDataset, ConversationEncoder, content_digest, processor_state
+from pvm.data.json_rows import place
 from pvm.data.sources import Conversations, DataArguments, Mixture, load_sources
-from pvm.data.streams import WATCH_AFTER, ConversationStream, load_streams
+from pvm.data.streams import WATCH_AFTER, ConversationStream, load_streams, stream_fingerprint
 from pvm.errors import SetupError, UserError
 
 
@@ -26,7 +28,15 @@ SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # a ne
 CHANGED = " It was usable when it was checked. If files have changed, check again with --overwrite_cache true."
 SHOWN_ROWS = 3  # unusable rows that an error lists; a dry run prints ten times as many
 COUNTS = ("length", "visual_tokens", "label_tokens")
-CHECKED = Features({"row": Value("int64"), "problem": Value("string"), **{key: Value("int32") for key in COUNTS}})
+SAMPLED_ROWS = 100  # by which files that have changed since a check are noticed
+CHECKED = Features(
+    {
+        "row": Value("int64"),
+        "problem": Value("string"),
+        "content": Value("string"),
+        **{key: Value("int32") for key in COUNTS},
+    }
+)
 
 
 def load_training_data(
@@ -62,7 +72,9 @@ def load_training_data(
         check_streams(streams, arguments.dataset_name, readers, needs_visuals)
         encoder = ConversationEncoder(processor, **settings)
         rank, world_size = training_args.process_index, training_args.world_size
-        return ConversationStream(streams, encoder, arguments, training_args.output_dir, seed, rank, world_size)
+        fingerprint = stream_fingerprint(streams)
+        output_dir = training_args.output_dir
+        return ConversationStream(streams, encoder, arguments, output_dir, seed, rank, world_size, fingerprint)
 
     # The main process does the work; the others read its results from the cache.
     with training_args.main_process_first(desc="checking the data"):
@@ -78,7 +90,7 @@ def load_training_data(
         arguments.stopping_strategy,
         seed,
     )
-    report = describe([source.name for source in sources], checks, usable, mixture)
+    report = describe(sources, checks, usable, mixture)
     # A dry run leaves the skipped rows of a run in the same folder alone.
     path = Path(training_args.output_dir) / (DRY_RUN if arguments.dry_run else SKIPPED_ROWS)
     if training_args.process_index == 0:
@@ -97,7 +109,8 @@ def load_training_data(
     if arguments.dry_run:
         console.print("A training would continue from here.")
         return None
-    return ConversationDataset(mixture, processor, advice=CHANGED, **settings)
+    fingerprint = ", ".join(map(_fingerprint, checks))
+    return ConversationDataset(mixture, processor, advice=CHANGED, fingerprint=fingerprint, **settings)
 
 
 def check_streams(streams: Sequence[IterableDataset], names: Sequence[str], readers: int, needs_visuals: bool) -> None:
@@ -143,7 +156,7 @@ def check_rows(
 
     Returns:
         `datasets.Dataset`: for each conversation `row`, its number in the data set; `problem`, `None` if it is usable;
-        `length`, `visual_tokens` and `label_tokens`, 0 if it is not.
+        `content`, its [`content_digest`], `None` if it is not; `length`, `visual_tokens` and `label_tokens`, then 0.
 
     Raises:
         SetupError: if there are videos and PyAV is not installed.
@@ -151,7 +164,8 @@ def check_rows(
     fingerprint = Hasher.hash(
         [
             conversations.dataset._fingerprint,
-            str(conversations.folder),
+            str(conversations.root),
+            conversations.allow_image_urls,
             conversations.rows,
             processor_state(processor),
             settings,
@@ -162,45 +176,68 @@ def check_rows(
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "pvm_checks"
     cache_dir.mkdir(parents=True, exist_ok=True)
     encoder = ConversationEncoder(processor, **settings)
-    return Dataset.from_dict({"row": conversations.rows}).map(
+    check = partial(
+        Dataset.from_dict({"row": conversations.rows}).map,
         partial(_check_row, conversations, encoder),
         with_indices=True,
         features=CHECKED,
         num_proc=min(num_workers, len(conversations)) if num_workers > 1 else None,
         new_fingerprint=fingerprint,
         cache_file_name=str(cache_dir / f"{fingerprint}.arrow"),
-        load_from_cache_file=not overwrite_cache,
         desc=f"checking {conversations.name}",
     )
+    checked = check(load_from_cache_file=not overwrite_cache)
+    return checked if _is_up_to_date(checked, conversations) else check(load_from_cache_file=False)
+
+
+def _is_up_to_date(checked: Dataset, conversations: Conversations) -> bool:
+    """Whether a sample of the rows is what was checked: other images may have come under their names since."""
+    count = min(SAMPLED_ROWS, len(checked))
+    indices = [k * len(checked) // count for k in range(count)]
+    try:
+        return all(
+            digest is None or digest == content_digest(conversations[index])
+            for index, digest in zip(indices, checked[indices]["content"])
+        )
+    except UserError:  # a file is missing
+        return False
 
 
 def _check_row(
     conversations: Conversations, encoder: ConversationEncoder, row: dict[str, int], index: int
 ) -> dict[str, Any]:
     try:
-        example = encoder(conversations[index])
+        conversation = conversations[index]
+        example = encoder(conversation)
     except SetupError:
         raise
     except UserError as error:
-        return {**row, "problem": str(error), **dict.fromkeys(COUNTS, 0)}
+        return {**row, "problem": str(error), "content": None, **dict.fromkeys(COUNTS, 0)}
     return {
         **row,
         "problem": None,
+        "content": content_digest(conversation),
         "length": len(example["input_ids"]),
         "visual_tokens": int((example["mm_token_type_ids"] > 0).sum()),
         "label_tokens": int((example["labels"] >= 0).sum()) if "labels" in example else 0,
     }
 
 
+def _fingerprint(check: Dataset) -> str:
+    """What the usable rows of a data set contain."""
+    digests = [digest for digest in check["content"] if digest is not None]
+    return f"{len(digests):,} rows of {hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}"
+
+
 def describe(
-    names: Sequence[str], checks: Sequence[Dataset], usable: Sequence[np.ndarray], mixture: Mixture
+    sources: Sequence[Conversations], checks: Sequence[Dataset], usable: Sequence[np.ndarray], mixture: Mixture
 ) -> dict[str, Any]:
     """
     Statistics of the data: `sources`, with the share of each in an epoch; `quantiles` of the lengths in an epoch; and
     the `refused` rows.
 
     Args:
-        names (`Sequence[str]`): names of the data sets.
+        sources (`Sequence[Conversations]`): the data sets.
         checks (`Sequence[Dataset]`): [`check_rows`] of each.
         usable (`Sequence[np.ndarray]`): indices of the usable rows in each check.
         mixture (`Mixture`): the usable rows of an epoch.
@@ -212,15 +249,15 @@ def describe(
     parts, indices = np.asarray(mixture.places, dtype=np.int64).reshape(-1, 2).T
     by_source = [count[indices[parts == part]] for part, count in enumerate(counts)]
     epoch = np.concatenate(by_source)
-    sources = [
+    described = [
         {
-            "name": name,
+            "name": source.name,
             "rows": len(check),
             "refused": len(check) - len(kept),
             "epoch_rows": len(rows),
             **dict(zip(("tokens", "visual_tokens", "label_tokens"), rows.sum(axis=0).tolist())),
         }
-        for name, check, kept, rows in zip(names, checks, usable, by_source)
+        for source, check, kept, rows in zip(sources, checks, usable, by_source)
     ]
     quantiles = {}
     if len(epoch):
@@ -228,12 +265,12 @@ def describe(
             values = np.quantile(epoch, share, axis=0, method="nearest").tolist()
             quantiles[label] = dict(zip(COUNTS, values))
     refused = [
-        {"dataset": name, "row": row, "problem": problem}
-        for name, check in zip(names, checks)
-        for row, problem in zip(check["row"], check["problem"])
+        {**source.origin(index), "problem": problem}
+        for source, check in zip(sources, checks)
+        for index, problem in enumerate(check["problem"])
         if problem is not None
     ]
-    return {"sources": sources, "quantiles": quantiles, "refused": refused}
+    return {"sources": described, "quantiles": quantiles, "refused": refused}
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -260,7 +297,11 @@ def tables(report: dict[str, Any]) -> list[Table]:
     refused = report["refused"]
     shown = refused[: 10 * SHOWN_ROWS]
     title = f"refused rows, {len(shown)} of {len(refused)}" if len(shown) < len(refused) else "refused rows"
-    problems = _table(title, ("data set", "row", "problem"), [tuple(map(str, row.values())) for row in shown])
+    problems = _table(
+        title,
+        ("data set", "row", "line", "problem"),
+        [(row["dataset"], str(row["row"]), str(row.get("line", "")), row["problem"]) for row in shown],
+    )
     problems.columns[-1].justify, problems.columns[-1].no_wrap = "left", False
     return [by_source, lengths, *([problems] if refused else [])]
 
@@ -292,7 +333,7 @@ def _problem(report: dict[str, Any], arguments: DataArguments, needs_visuals: bo
         if source["refused"] <= arguments.max_skipped * source["rows"]:
             continue
         refused = [row for row in report["refused"] if row["dataset"] == source["name"]]
-        first = "".join(f"\n  {row['dataset']}, row {row['row']}: {row['problem']}" for row in refused[:SHOWN_ROWS])
+        first = "".join(f"\n  {place(row)}: {row['problem']}" for row in refused[:SHOWN_ROWS])
         return (
             f"{len(refused):,} of {source['rows']:,} rows of {source['name']} cannot be used, more than --max_skipped "
             f"{arguments.max_skipped:g} allows. {path} lists them; the first:{first}\n"

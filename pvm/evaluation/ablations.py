@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from cache_qwen3vl_pvm import get_visual_memory, set_visual_memory
 from pvm.checkpoints.names import branch_block, branch_layers
-from pvm.data.encoding import read_image
 from pvm.data.forms import Conversation
+from pvm.data.media import read_image
 from pvm.data.sources import Conversations
 from pvm.errors import UserError
 from variants_qwen3vl_pvm import BLOCKS

@@ -37,6 +37,20 @@ class EvalArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="test", metadata={"help": "E.g. `test` or `test[:1000]`."})
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or zip file that relative paths of images and videos start from, by default the folder of "
+            "the data file."
+        },
+    )
+    allow_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "Fetch images that rows name by http(s) URLs. Only for data that you trust: it could make this "
+            "machine call any address it can reach."
+        },
+    )
     max_samples: int | None = field(
         default=None,
         metadata={

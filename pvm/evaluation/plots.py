@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from pvm.data.encoding import read_image
+from pvm.data.media import read_image
 from pvm.data.sources import Conversations
 from pvm.evaluation.tables import bin_label
 

@@ -86,7 +86,13 @@ def load_rows(arguments: EvalArguments) -> Conversations:
     Raises:
         UserError: if there are none, or `group_by` is not a column with few values.
     """
-    conversations = load_conversations(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
+    conversations = load_conversations(
+        arguments.dataset_name,
+        arguments.dataset_split,
+        arguments.dataset_config,
+        arguments.image_root,
+        arguments.allow_image_urls,
+    )
     column = arguments.group_by
     if column is not None:
         groups = conversations.column(column)
