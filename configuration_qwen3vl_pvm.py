@@ -13,17 +13,11 @@ logger = logging.get_logger(__name__)
 # The name of the authors' implementation in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
 
-# (hidden_size, num_hidden_layers) -> the layers published for Qwen3-VL-8B and Qwen3-VL-4B.
-PUBLISHED_PVM_LAYERS = {(4096, 36): [8, 16, 24], (2560, 36): [5, 11, 17]}
-
 
 def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
-    """
-    The decoder layers that carry a branch by default: the published ones for the shapes of 8B and 4B, else the same
-    relative depths, 2/9, 4/9 and 6/9 of the decoder.
-    """
-    if (hidden_size, num_hidden_layers) in PUBLISHED_PVM_LAYERS:
-        return list(PUBLISHED_PVM_LAYERS[hidden_size, num_hidden_layers])
+    """The decoder layers that carry a branch by default: at 2/9, 4/9 and 6/9 of the decoder, as published for 8B."""
+    if (hidden_size, num_hidden_layers) == (2560, 36):
+        return [5, 11, 17]  # published for Qwen3-VL-4B
     return sorted({min(round(num_hidden_layers * share / 9), num_hidden_layers - 1) for share in (2, 4, 6)})
 
 
@@ -60,8 +54,7 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
     pvm_training: dict | None = None
 
     def __post_init__(self, **kwargs):
-        experts = sorted(name for name in kwargs if "experts" in name)
-        if experts:
+        if experts := sorted(name for name in kwargs if "experts" in name):
             raise ValueError(
                 f"PVM supports dense Qwen3-VL models only, and `{experts[0]}` belongs to a mixture-of-experts model. "
                 "Start from a dense checkpoint, e.g. Qwen/Qwen3-VL-8B-Instruct."
@@ -88,18 +81,12 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
 
     # `strict` runs the `validate_*` methods after construction.
     def validate_pvm_layers(self):
-        layers, last = list(self.pvm_layers), self.num_hidden_layers - 1
-        wrong = [index for index in layers if not 0 <= index <= last]
-        if not layers:
-            problem = "is empty; for a model without branches use the stock class"
-        elif wrong:
-            problem = f"names {wrong}, but this model's decoder layers are numbered 0 to {last}"
-        elif len(set(layers)) != len(layers):
-            problem = "names a layer twice, but a layer has one branch"
-        else:
-            return
-        suggestion = default_pvm_layers(self.hidden_size, self.num_hidden_layers)
-        raise ValueError(f"`pvm_layers={layers}` {problem}. Write e.g. `pvm_layers={suggestion}`, or leave it out.")
+        layers, number = list(self.pvm_layers), self.num_hidden_layers
+        if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < number for layer in layers):
+            raise ValueError(
+                f"`pvm_layers={layers}` must name at least one of the decoder layers 0 to {number - 1}, each once. "
+                f"Write e.g. `pvm_layers={default_pvm_layers(self.hidden_size, number)}`, or leave it out."
+            )
 
     def validate_pvm_hidden_size(self):
         heads, rest = divmod(self.pvm_hidden_size, self.head_dim)
@@ -120,8 +107,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     Args:
         base_model_name_or_path (`str`, *optional*):
-            Of an adapter checkpoint, which holds branches only: Hub name or folder of the model with all other
-            weights.
+            Of an adapter checkpoint, which holds branches only: Hub name or folder of the model with all else.
         base_model_revision (`str`, *optional*):
             Branch, tag or commit of the base on the Hub.
         peft_adapter (`str`, *optional*):
@@ -130,8 +116,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     model_type = "qwen3_vl_pvm"
     sub_configs = {"vision_config": Qwen3VLConfig.sub_configs["vision_config"], "text_config": Qwen3VLPVMTextConfig}
-    # Every save writes the code file beside the config.
-    _auto_class = "AutoConfig"
+    _auto_class = "AutoConfig"  # every save writes the code file beside the config
 
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -146,6 +131,10 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
                 "config with `Qwen3VLPVMConfig.from_stock(config, pvm_layers=...)`."
             )
         super().__post_init__(**kwargs)
+
+    def validate_peft_adapter(self):
+        if self.peft_adapter is not None and not self.peft_adapter.isidentifier():  # a path may lead outside
+            raise ValueError(f"`peft_adapter={self.peft_adapter}` must be the name of a subfolder, e.g. `lora`.")
 
     @classmethod
     def from_stock(cls, config: Qwen3VLConfig, **pvm_fields: Any) -> "Qwen3VLPVMConfig":
@@ -165,11 +154,10 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     @classmethod
     def _from_stock_dict(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        model_type = config_dict.get("model_type")
-        if model_type != Qwen3VLConfig.model_type:
+        if config_dict.get("model_type") != Qwen3VLConfig.model_type:
             raise ValueError(
                 f"PVM branches fit the dense Qwen3-VL models (`model_type: {Qwen3VLConfig.model_type}`), not "
-                f"`model_type: {model_type}`. Start from e.g. Qwen/Qwen3-VL-8B-Instruct."
+                f"`model_type: {config_dict.get('model_type')}`. Start from e.g. Qwen/Qwen3-VL-8B-Instruct."
             )
         fields = {**config_dict, "model_type": cls.model_type}
         if fields.pop("architectures", None) == [REFERENCE_ARCHITECTURE]:

@@ -1,6 +1,7 @@
 """The config: defaults, conversion of stock configs, round trips, and what is refused."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -144,11 +145,13 @@ def test_from_stock_does_not_touch_the_stock_config():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"pvm_layers": [1, 99]}, r"names \[99\].*numbered 0 to 3.*pvm_layers=\[1, 2, 3\]"),
-        ({"pvm_layers": [4]}, r"names \[4\].*numbered 0 to 3"),
-        ({"pvm_layers": [-1]}, r"names \[-1\].*numbered 0 to 3.*pvm_layers=\[1, 2, 3\]"),
-        ({"pvm_layers": [2, 1, 2]}, r"names a layer twice.*pvm_layers=\[1, 2, 3\]"),
-        ({"pvm_layers": []}, r"is empty.*pvm_layers=\[1, 2, 3\]"),
+        *(
+            (
+                {"pvm_layers": layers},
+                rf"{re.escape(str(layers))}` must name .*layers 0 to 3, each.*=\[1, 2, 3\]`, or leave",
+            )
+            for layers in ([1, 99], [4], [-1], [2, 1, 2], [])
+        ),
         ({"pvm_layers": 1}, r"pvm_layers"),
         ({"pvm_hidden_size": 40}, r"heads of `head_dim=16`.*multiple of 32.*pvm_hidden_size=32"),
         ({"pvm_hidden_size": 8}, r"heads of `head_dim=16`.*pvm_hidden_size=32"),
@@ -161,6 +164,12 @@ def test_from_stock_does_not_touch_the_stock_config():
 def test_refused_fields(fields, sentence):
     with pytest.raises(REFUSED, match=rf"(?s){sentence}"):
         Qwen3VLPVMConfig.from_stock(tiny.stock_config(), **{"pvm_hidden_size": 32, **fields})
+
+
+@pytest.mark.parametrize("folder", ["../outside", "/outside", "..", "lora/../..", "", "C:\\x"])
+def test_a_peft_adapter_is_in_a_subfolder(folder):
+    with pytest.raises(REFUSED, match="must be the name of a subfolder, e.g. `lora`"):
+        Qwen3VLPVMConfig(**{**tiny.pvm_config().to_dict(), "peft_adapter": folder})
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 96])
