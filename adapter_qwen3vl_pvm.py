@@ -111,7 +111,7 @@ class AdapterMixin:
         if model._hf_peft_config_loaded:
             raise ValueError(f"{name} has a PEFT adapter beside its config.json, which would change it. Move it away.")
         model.name_or_path = model.config.name_or_path = str(name)
-        _check_weights(model, name, loading_info["missing_keys"], stored)
+        check_weights(model, name, loading_info["missing_keys"], stored)
         if peft_adapter is not None:
             subfolder = "/".join(filter(None, (download.get("subfolder"), peft_adapter)))
             for file_name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -146,7 +146,7 @@ def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -
             f"{'there is no such folder.' if is_gone else str(error).partition(chr(10))[0]} If it is somewhere else, "
             "pass `base_model_name_or_path=...`."
         ) from error
-    _check_base(base_config, config, name)
+    check_base(base_config, config, name)
     trained_on, found = training.get("base_revision"), extract_commit_hash(files[0], None)
     if trained_on not in (None, found):
         logger.warning(
@@ -162,7 +162,7 @@ def _load_adapter_weights(name: str, config: Qwen3VLPVMConfig, download: dict) -
     return {key: weight for file in files for key, weight in load_file(file).items()} | branches
 
 
-def _check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> None:
+def check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> None:
     """Refuse a base that computes something else than the one that the adapter checkpoint was made for."""
     # What does not decide what a model computes, or is compared by itself.
     ignored = {*PreTrainedConfig().to_dict(), *config.sub_configs, "auto_map", "quantization_config", "peft_adapter"}
@@ -187,7 +187,7 @@ def _check_missing(name: str, missing: Collection[str]) -> None:
         raise ValueError(f"{name} lacks {len(missing)} weights, e.g. {min(missing)}. Get the complete checkpoint.")
 
 
-def _check_weights(model: torch.nn.Module, name: str, missing: set[str], stored: Collection[str]) -> None:
+def check_weights(model: torch.nn.Module, name: str, missing: set[str], stored: Collection[str]) -> None:
     """Refuse weights that are in no file, and thus random, but for new branches; and corrupted branches."""
     config, training = model.config, model.config.get_text_config().pvm_training
     # Names from the layers on: those of the backbone alone do not begin with "model.".

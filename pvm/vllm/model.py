@@ -1,0 +1,97 @@
+"""vLLM's Qwen3-VL with branches. What differs from the stock class; see branch.py."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessingInfo,
+)
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, check_weights
+from pvm.vllm.branch import PVMDecoderLayer, VisualTokens
+from pvm.vllm.processor import Qwen3VLPVMMultiModalProcessor
+
+
+logger = init_logger(__name__)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLPVMMultiModalProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class Qwen3VLPVMForConditionalGeneration(Qwen3VLForConditionalGeneration):
+    """
+    Serves whole and adapter checkpoints.
+
+    Raises:
+        ValueError: if weights of branches are missing, a gate is corrupted, or all are zero although the branches were
+            trained.
+    """
+
+    supports_pp = False  # visual tokens and their embeddings are known to the first stage only
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = self.config.text_config
+        self.visual_tokens = VisualTokens(vllm_config.scheduler_config.max_num_batched_tokens, config.hidden_size)
+        layers = self.language_model.model.layers
+        for layer_idx in config.pvm_layers:
+            layers[layer_idx] = PVMDecoderLayer(
+                layers[layer_idx],
+                config,
+                layer_idx,
+                self.visual_tokens,
+                vllm_config.cache_config,
+                maybe_prefix(prefix, f"language_model.model.layers.{layer_idx}"),
+            )
+        self.branches_loaded = False
+        if self.config.base_model_name_or_path is not None:
+            # vLLM's loader reads both.
+            self.allow_patterns_overrides = [ADAPTER_WEIGHTS_NAME]
+            self.secondary_weights = [
+                DefaultModelLoader.Source(self.config.base_model_name_or_path, self.config.base_model_revision)
+            ]
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
+        """As the stock model's, which vLLM calls at each step; keeps where visual tokens are."""
+        mask = self.visual_tokens.mask
+        mask.zero_()
+        if is_multimodal is not None:
+            mask[: len(is_multimodal), 0].copy_(is_multimodal, non_blocking=True)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs) -> torch.Tensor:
+        """As the stock model's; keeps what enters the decoder."""
+        if inputs_embeds is not None:  # else the engine serves text only
+            self.visual_tokens.embeds[: len(inputs_embeds)].copy_(inputs_embeds)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load all weights, or those to be updated, named as in a checkpoint. Returns the names of vLLM."""
+        branches = {name: weight for name, weight in self.named_parameters() if ".pvm_block." in name}
+        loaded = set()
+
+        def load_branches() -> Iterator[tuple[str, torch.Tensor]]:
+            # Not by the stock class, which would pack q_proj, k_proj and v_proj of a branch, too.
+            for name, weight in weights:
+                if ".pvm_block." not in name:
+                    yield name, weight
+                    continue
+                name = f"language_model.model.{name[name.index('layers.') :]}"
+                if name not in loaded:  # the adapter's come first, and a base may have branches, too
+                    default_weight_loader(branches[name], weight)
+                    loaded.add(name)
+
+        backbone = super().load_weights(load_branches())
+        # Later calls may update single weights.
+        if not self.branches_loaded or len(loaded) == len(branches):
+            check_weights(self, self.model_config.model, set(), loaded)
+            self.branches_loaded = True
+        return backbone | loaded
