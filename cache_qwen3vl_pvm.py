@@ -4,18 +4,34 @@ The visual memory of a conversation, and how it rides with the KV cache.
 
 A cache has one memory: the keys and values of every branch, and where in the sequence their tokens are. The first
 cache layer carries it, whatever the class of that layer, so that everything done to the cache is done to the memory.
+
+Because branches have a memory of their own, visual tokens may leave the KV cache (`image_kv_cache`). Its layers then
+hold fewer columns than the sequence has tokens, and [`CachedTokens`] says which. Their length is still that of the
+sequence, as it is for the sliding windows of transformers.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-# Position of an empty slot, in rows that have fewer visual tokens than others of the batch: after every query.
+# Position of an empty slot, in rows that have fewer tokens than others of the batch: after every query.
 NO_POSITION = torch.iinfo(torch.int32).max
+
+
+def pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """
+    Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, in order, padded with indices of
+    other entries in rows that have fewer than the longest, n >= 1; and which of them are real, `[batch, n]`.
+    """
+    count = selected.sum(dim=1, keepdim=True)
+    longest = max(int(count.max()), 1)
+    index = selected.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return index, torch.arange(longest, device=selected.device) < count
 
 
 @dataclass
@@ -27,6 +43,7 @@ class VisualMemory:
     rope_deltas (`torch.IntTensor` `[batch, visual]`): rotary position of text that would follow the token, minus the
         number of tokens (without padding) up to it.
     complete (`bool`): no slot is empty.
+    in_kv_cache (`bool`): the KV cache may hold visual tokens, too.
     keys, values (`dict[int, torch.Tensor]`): by decoder layer, `[batch, key_value_heads, visual, head_dim]` each, in
         the branch's dtype.
     """
@@ -34,18 +51,19 @@ class VisualMemory:
     positions: torch.IntTensor
     rope_deltas: torch.IntTensor
     complete: bool
+    in_kv_cache: bool
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def extended(cls, memory: "VisualMemory | None", positions, rope_deltas) -> "VisualMemory":
+    def extended(cls, memory: "VisualMemory | None", positions, rope_deltas, in_kv_cache: bool) -> "VisualMemory":
         """`memory` with the places of new visual tokens, whose keys and values the branches add with `update`."""
         keys, values = {}, {}
         if memory is not None:
             positions = torch.cat([memory.positions.to(positions.device), positions], dim=1)
             rope_deltas = torch.cat([memory.rope_deltas.to(rope_deltas.device), rope_deltas], dim=1)
-            keys, values = memory.keys, memory.values
-        return cls(positions, rope_deltas, bool((positions != NO_POSITION).all()), keys, values)
+            keys, values, in_kv_cache = memory.keys, memory.values, memory.in_kv_cache or in_kv_cache
+        return cls(positions, rope_deltas, bool((positions != NO_POSITION).all()), in_kv_cache, keys, values)
 
     def update(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of new visual tokens; all of the layer."""
@@ -79,23 +97,110 @@ class VisualMemory:
 
     def _with(self, positions, rope_deltas, complete, change: Callable[[torch.Tensor], torch.Tensor]):
         keys, values = ({layer: change(states) for layer, states in all.items()} for all in (self.keys, self.values))
-        return VisualMemory(positions, rope_deltas, complete, keys, values)
+        return VisualMemory(positions, rope_deltas, complete, self.in_kv_cache, keys, values)
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """
+    The tokens of a sequence that are in the KV cache, as far as visual tokens were left out. Later tokens are all
+    there, in later columns.
+
+    positions (`torch.LongTensor` `[batch, columns]`): of the tokens in the sequence, ascending; `NO_POSITION` behind
+        them in rows that hold fewer.
+    length (`int`): of the sequence that the columns stand for.
+    """
+
+    positions: torch.LongTensor
+    length: int
+
+    @property
+    def missing(self) -> int:
+        """Number of columns by which the cache is shorter than the sequence."""
+        return self.length - self.positions.shape[1]
+
+    def until(self, length: int) -> torch.LongTensor:
+        """`[batch, columns]`: positions of all columns of a sequence that has grown to `length` tokens."""
+        later = torch.arange(self.length, length, device=self.positions.device)
+        return torch.cat([self.positions, later.expand(len(self.positions), -1)], dim=1)
+
+    def mask(self, attention_mask: torch.Tensor | None, length: int) -> torch.BoolTensor:
+        """
+        `attention_mask` `[batch, sequence]` (`None`: no padding) for the first `length` tokens, by columns. In front
+        are `missing` columns for those that are not there: masks count from the start of the sequence.
+        """
+        positions = self.until(length)
+        mask = positions != NO_POSITION
+        if attention_mask is not None:
+            mask &= attention_mask.to(mask.device).bool().gather(1, positions.clamp(max=length - 1))
+        return nn.functional.pad(mask, (self.missing, 0))
+
+    def select(self, rows: torch.LongTensor) -> "CachedTokens":
+        return replace(self, positions=self.positions[rows.to(self.positions.device)])
+
+    def crop(self, length: int) -> "CachedTokens":
+        if length >= self.length:
+            return self
+        kept = self.positions < length
+        columns = int(kept.sum(dim=1).max())
+        return CachedTokens(self.positions.masked_fill(~kept, NO_POSITION)[:, :columns], length)
 
 
 class VisualMemoryLayerMixin:
-    """A cache layer of any class that also carries the memory."""
+    """
+    A cache layer of any class. The first layer of a cache also carries the memory; the others are of this class, and
+    know the first, once visual tokens were left out of them.
+    """
 
     layer_class: type[CacheLayerMixin]
+    first_layer: "VisualMemoryLayerMixin | None" = None  # None: this one
     visual_memory: VisualMemory | None = None
+    cached_tokens: CachedTokens | None = None
+
+    @property
+    def missing(self) -> int:
+        cached_tokens = (self.first_layer or self).cached_tokens
+        return 0 if cached_tokens is None else cached_tokens.missing
+
+    def get_seq_length(self):
+        return super().get_seq_length() + self.missing
+
+    def get_mask_sizes(self, *args, **kwargs):
+        length, offset = super().get_mask_sizes(*args, **kwargs)
+        return length - self.missing, offset + self.missing
 
     def reset(self):
         super().reset()
-        self.visual_memory = None
+        self.visual_memory = self.cached_tokens = None
 
-    def crop(self, *args, **kwargs):
-        super().crop(*args, **kwargs)
-        if self.visual_memory is not None:
-            self.visual_memory = self.visual_memory.crop(self.get_seq_length())
+    def crop(self, tokens_to_remove):
+        columns = super().get_seq_length()
+        if self.first_layer is None:
+            length = self.get_seq_length()
+            length = min(tokens_to_remove, length) if tokens_to_remove > 0 else length + tokens_to_remove
+            if self.cached_tokens is not None:
+                self.cached_tokens = self.cached_tokens.crop(length)
+            if self.visual_memory is not None:
+                self.visual_memory = self.visual_memory.crop(length)
+        else:  # the first layer has been cropped
+            length = self.first_layer.get_seq_length()
+        super().crop(length - self.missing - columns)
+
+    def keep(self, index: torch.LongTensor) -> None:
+        """Reduce the layer to its columns `index` `[batch, columns]`."""
+
+        def take(states):
+            return states.take_along_dim(index.to(states.device)[:, None, :, None], dim=2)
+
+        if vars(self).get("_quantized_keys") is None:
+            self.keys, self.values = take(self.keys), take(self.values)
+            return
+        # An update returns all states. To make one of no tokens needs their shape.
+        keys, values = self._dequantize(self._quantized_keys), self._dequantize(self._quantized_values)
+        keys, values = super().update(keys[:, :, :0], values[:, :, :0])
+        super().reset()
+        self.is_initialized = False  # older transformers only zero the states
+        super().update(take(keys), take(values))
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -113,6 +218,8 @@ class VisualMemoryLayerMixin:
     def _select(self, rows):
         if self.visual_memory is not None:
             self.visual_memory = self.visual_memory.select(rows)
+        if self.cached_tokens is not None:
+            self.cached_tokens = self.cached_tokens.select(rows)
 
     def __reduce__(self):
         # Pickle cannot import a class made at run time; it can remake it from the layer class that it extends.
@@ -121,9 +228,12 @@ class VisualMemoryLayerMixin:
 
 @functools.cache
 def _with_visual_memory(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    name = f"VisualMemory{layer_class.__name__}"
     # `_layer_type` must not be inherited: transformers would use the subclass for every cache made later.
     attributes = {"layer_class": layer_class, "_layer_type": None, "__module__": __name__}
-    return type(f"VisualMemory{layer_class.__name__}", (VisualMemoryLayerMixin, layer_class), attributes)
+    # torch.export looks for the class in its module.
+    globals()[name] = type(name, (VisualMemoryLayerMixin, layer_class), attributes)
+    return globals()[name]
 
 
 def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
@@ -131,22 +241,69 @@ def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
     return layer_class.__new__(layer_class)
 
 
-def get_visual_memory(past_key_values: Cache | None) -> VisualMemory | None:
-    """The memory that rides with a cache; `None` if it has seen no image."""
-    if past_key_values is None or not past_key_values.layers:
-        return None
-    layer = past_key_values.layers[0]
-    return layer.visual_memory if isinstance(layer, VisualMemoryLayerMixin) else None
-
-
-def set_visual_memory(past_key_values: Cache, memory: VisualMemory) -> None:
-    """
-    Let the memory ride with a cache. At first use the cache's first layer, of whatever class, is replaced by one of a
-    subclass that shares all its attributes.
-    """
-    layer = past_key_values.layers[0]
+def _layer(cache: Cache, index: int) -> VisualMemoryLayerMixin:
+    """A layer of a cache, which is first replaced by one of a subclass that shares all its attributes."""
+    layer = cache.layers[index]
     if not isinstance(layer, VisualMemoryLayerMixin):
         carrier = _new_layer(type(layer))
         carrier.__dict__ = layer.__dict__
-        past_key_values.layers[0] = layer = carrier
-    layer.visual_memory = memory
+        carrier.first_layer = _layer(cache, 0) if index > 0 else None
+        cache.layers[index] = layer = carrier
+    return layer
+
+
+def _first_layer(past_key_values: Cache | None) -> VisualMemoryLayerMixin | None:
+    layer = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
+    return layer if isinstance(layer, VisualMemoryLayerMixin) else None
+
+
+def get_visual_memory(past_key_values: Cache | None) -> VisualMemory | None:
+    """The memory that rides with a cache; `None` if it has seen no image."""
+    layer = _first_layer(past_key_values)
+    return None if layer is None else layer.visual_memory
+
+
+def set_visual_memory(past_key_values: Cache, memory: VisualMemory) -> None:
+    """Let the memory ride with a cache of any class."""
+    _layer(past_key_values, 0).visual_memory = memory
+
+
+def get_cached_tokens(past_key_values: Cache | None) -> CachedTokens | None:
+    """Which tokens a cache holds; `None` if it holds all."""
+    layer = _first_layer(past_key_values)
+    return None if layer is None else layer.cached_tokens
+
+
+def set_cached_tokens(past_key_values: Cache, cached_tokens: CachedTokens) -> None:
+    """Say which tokens a cache holds."""
+    for index in range(len(past_key_values.layers)):
+        _layer(past_key_values, index)
+    past_key_values.layers[0].cached_tokens = cached_tokens
+
+
+def evict_images(past_key_values: Cache, attention_mask: torch.Tensor | None = None) -> None:
+    """
+    Take keys and values of visual tokens and padding out of every layer of a cache. Branches keep their memory.
+
+    Args:
+        past_key_values (`Cache`): that can shrink, as dynamic, offloaded and quantised ones can.
+        attention_mask (`torch.Tensor` `[batch, sequence]`, *optional*): of all tokens so far.
+    """
+    memory = get_visual_memory(past_key_values)
+    if memory is None or not memory.in_kv_cache:
+        return
+    length, device = past_key_values.get_seq_length(), memory.positions.device
+    cached = get_cached_tokens(past_key_values)
+    if cached is None:
+        cached = CachedTokens(torch.arange(length, device=device).expand(len(memory.positions), -1), length)
+    visual = torch.zeros(len(memory.positions), length + 1, dtype=torch.bool, device=device)
+    visual.scatter_(1, memory.positions.clamp(max=length).long(), True)  # the last column is for empty slots
+
+    positions = cached.until(length)
+    kept = cached.mask(attention_mask, length)[:, cached.missing :] & ~visual.gather(1, positions.clamp(max=length))
+    index, present = pack(kept)
+    for number in range(len(past_key_values.layers)):
+        _layer(past_key_values, number).keep(index)
+    positions = positions.gather(1, index).masked_fill(~present, NO_POSITION)
+    set_cached_tokens(past_key_values, CachedTokens(positions, length))
+    set_visual_memory(past_key_values, replace(memory, in_kv_cache=False))

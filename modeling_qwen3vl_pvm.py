@@ -17,7 +17,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
@@ -28,22 +28,46 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLTextModel,
     Qwen3VLVisionModel,
 )
+from transformers.utils import logging
 
 
 try:
     from .adapter_qwen3vl_pvm import AdapterMixin
     from .block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
-    from .cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, set_visual_memory
+    from .cache_qwen3vl_pvm import (
+        NO_POSITION,
+        CachedTokens,
+        VisualMemory,
+        evict_images,
+        get_cached_tokens,
+        get_visual_memory,
+        pack,
+        set_cached_tokens,
+        set_visual_memory,
+    )
     from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
     from .rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from .variants_qwen3vl_pvm import BLOCKS
 except ImportError:  # in a checkout, where this file is a top-level module
     from adapter_qwen3vl_pvm import AdapterMixin
     from block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
-    from cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, set_visual_memory
+    from cache_qwen3vl_pvm import (
+        NO_POSITION,
+        CachedTokens,
+        VisualMemory,
+        evict_images,
+        get_cached_tokens,
+        get_visual_memory,
+        pack,
+        set_cached_tokens,
+        set_visual_memory,
+    )
     from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
     from rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from variants_qwen3vl_pvm import BLOCKS
+
+
+logger = logging.get_logger(__name__)
 
 
 class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
@@ -158,9 +182,10 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         Args:
             inputs_embeds (`torch.Tensor` `[batch, sequence, hidden_size]`): with the visual embeddings in place.
             visual_pos_masks (`torch.BoolTensor` `[batch, sequence]`, *optional*): where they are.
-            image_kv_cache (`str`): "keep", or, without a cache, "skip": visual tokens do not enter the decoder, text
-                keeps its rotary positions, and only the branches see the image. Hidden states of visual tokens and
-                padding are then zero.
+            image_kv_cache (`str`): what self-attention sees of images. "keep": all. "evict": this pass sees them, and
+                then their keys and values leave the cache. "skip": visual tokens do not enter the decoder at all, and
+                text keeps its rotary positions; hidden states of visual tokens and padding are then zero. Branches
+                see and remember all images in any case.
             use_pvm (`bool` or `Collection[int]`, *optional*): `False` turns the branches off in this pass; a list of
                 layers keeps those on. What is seen is remembered in any case.
             output_pvm_attentions (`bool`, *optional*): adds `pvm_attentions` to the output, a tuple with the weights
@@ -168,23 +193,10 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        past_key_values = self._check(image_kv_cache, visual_pos_masks, attention_mask, past_key_values, **kwargs)
+        skip = image_kv_cache == "skip" and visual_pos_masks is not None
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         wants_attention = kwargs.get("output_pvm_attentions", False)
-        if wants_attention and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_pvm_attentions=True` needs eager attention, not {self.config._attn_implementation}: call "
-                "`model.set_attn_implementation('eager')` first."
-            )
-
-        if image_kv_cache not in ("keep", "skip"):
-            raise ValueError(f"`image_kv_cache={image_kv_cache!r}`: pass 'keep' or 'skip'.")
-        use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
-        if not isinstance(use_pvm, bool) and not (
-            isinstance(use_pvm, list | tuple | set)
-            and all(type(layer) is int and layer in layers for layer in use_pvm)
-        ):
-            raise ValueError(
-                f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
-            )
 
         memory = get_visual_memory(past_key_values)
         visual_embeds = metadata = None
@@ -193,23 +205,22 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             # parameter gets a (zero) gradient. Without it, the loss has none and distributed ranks hang.
             visual_pos_masks = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if visual_pos_masks is not None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             visual_index, present = pack(visual_pos_masks)
             deltas = rope_deltas(position_ids, attention_mask, past_length, inputs_embeds)
             memory = VisualMemory.extended(
                 memory,
                 positions=(visual_index + past_length).masked_fill(~present, NO_POSITION).int(),
                 rope_deltas=deltas.expand_as(visual_pos_masks).gather(1, visual_index).int(),
+                in_kv_cache=not skip,
             )
             visual_embeds = take(inputs_embeds, visual_index)
             is_text = ~visual_pos_masks
-            positions = torch.arange(is_text.shape[1], device=is_text.device)[None] + past_length
-            if image_kv_cache == "skip":
-                if past_key_values is not None or kwargs.get("use_cache", True):
-                    raise ValueError("`image_kv_cache='skip'` needs a pass without a cache: pass `use_cache=False`.")
-                is_token = True if attention_mask is None else attention_mask.bool()
-                positions, is_text = pack(is_text & is_token)
-            metadata = self._metadata(is_text, positions, memory.positions, not wants_attention)
+            text_index = torch.arange(is_text.shape[1], device=is_text.device)[None]
+            if skip:
+                if attention_mask is not None:
+                    is_text = is_text & attention_mask[:, past_length:].bool()
+                text_index, is_text = pack(is_text)
+            metadata = self._metadata(is_text, text_index + past_length, memory.positions, not wants_attention)
         elif memory is not None:  # all of which lies before this pass
             metadata = CrossAttentionMetadata()
             if not memory.complete:
@@ -218,29 +229,90 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 metadata = CrossAttentionMetadata(None, attends, (present[:, None] | ~attends)[:, None])
 
         kwargs |= {"visual_embeds": visual_embeds, "visual_memory": memory, "cross_attention_metadata": metadata}
-        if image_kv_cache == "skip" and visual_pos_masks is not None:
-            kwargs["deepstack_visual_embeds"] = None
-            return self._forward_text(positions, is_text, position_ids, inputs_embeds, **kwargs)
-        return super().forward(
+        if skip:
+            return self._forward_text(
+                text_index, is_text, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
+            )
+        cached, mask = get_cached_tokens(past_key_values), attention_mask
+        if cached is not None:
+            mask = cached.mask(attention_mask, past_length + inputs_embeds.shape[1])
+        output = super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             visual_pos_masks=visual_pos_masks,
             **kwargs,
         )
+        if image_kv_cache == "evict" and past_key_values is not None:
+            evict_images(past_key_values, attention_mask)
+        return output
 
-    def _forward_text(self, index, is_text, position_ids, inputs_embeds, **kwargs) -> BaseModelOutputWithPast:
+    def _check(
+        self, image_kv_cache, visual_pos_masks, attention_mask, cache, use_cache=None, **kwargs
+    ) -> Cache | None:
+        """Refuse what a pass cannot do. Returns the cache, made here if images are not to stay in it."""
+        if kwargs.get("output_pvm_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_pvm_attentions=True` needs eager attention, not {self.config._attn_implementation}: call "
+                "`model.set_attn_implementation('eager')` first."
+            )
+        use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
+        if not isinstance(use_pvm, bool) and not (
+            isinstance(use_pvm, list | tuple | set)
+            and all(type(layer) is int and layer in layers for layer in use_pvm)
+        ):
+            raise ValueError(
+                f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
+            )
+        if image_kv_cache not in ("keep", "evict", "skip"):
+            raise ValueError(f"`image_kv_cache={image_kv_cache!r}`: pass 'keep', 'evict' or 'skip'.")
+        if get_cached_tokens(cache) is None and (image_kv_cache == "keep" or visual_pos_masks is None):
+            return cache
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("`image_kv_cache` needs an `attention_mask` of the form [batch, sequence].")
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
+        if cache is None and image_kv_cache == "evict":
+            raise ValueError("`image_kv_cache='evict'` needs a cache: leave `use_cache=False` out, or pass 'skip'.")
+        if cache is not None and cache.is_compileable:
+            raise ValueError(
+                f"`image_kv_cache={image_kv_cache!r}` needs a cache that can shrink, not a static one: leave "
+                "`cache_implementation` out, or pass a DynamicCache."
+            )
+        training = self.config.pvm_training
+        if not self.training and training and not training.get("image_dropout"):
+            logger.warning_once(
+                f"`image_kv_cache={image_kv_cache!r}`: this checkpoint was trained without image dropout, so its "
+                "branches may not carry the image: in our tests such a model lost 61.6 points of accuracy, and one that "
+                "was trained with `--image_dropout` none."
+            )
+        return cache
+
+    def _forward_text(
+        self, index, is_text, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
+    ) -> BaseModelOutputWithPast:
         """The decoder on the tokens `index` `[batch, text]` alone; their states where they were in `inputs_embeds`."""
-        if position_ids is None or position_ids.ndim == 2:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=index.device).expand(3, len(index), -1)
+        mask, past_length = is_text, 0
+        if past_key_values is not None:
+            past_length = past_key_values.get_seq_length()
+            nothing = torch.arange(past_length, device=index.device).expand(len(index), -1)
+            cached = get_cached_tokens(past_key_values) or CachedTokens(nothing, past_length)
+            mask = torch.cat([cached.mask(attention_mask, past_length), is_text], dim=1)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=index.device) + past_length
         output = super().forward(
-            attention_mask=is_text.long(),
-            position_ids=position_ids[-3:].take_along_dim(index[None], dim=2),
+            attention_mask=mask.long(),
+            position_ids=position_ids[-3:].expand(3, len(index), -1).take_along_dim(index[None], dim=2),
             inputs_embeds=take(inputs_embeds, index),
-            **kwargs,
+            past_key_values=past_key_values,
+            **{**kwargs, "deepstack_visual_embeds": None},
         )
+        if past_key_values is not None:
+            positions = (index + past_length).masked_fill(~is_text, NO_POSITION)
+            positions = torch.cat([cached.until(past_length), positions], dim=1)
+            set_cached_tokens(past_key_values, CachedTokens(positions, past_length + inputs_embeds.shape[1]))
         states = output.last_hidden_state * is_text[..., None]
         index = index[..., None].expand_as(states)
         output.last_hidden_state = torch.zeros_like(inputs_embeds).scatter_add(1, index, states)
@@ -268,17 +340,6 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             # What attends to nothing is zeroed after the attention, whose softmax must not run over an empty row.
             mask = (mask | ~attends[..., None])[:, None]
         return CrossAttentionMetadata(query_index, attends[..., None], mask)
-
-
-def pack(selected: torch.BoolTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """
-    Indices `[batch, n]` of the `True` entries of `selected` `[batch, sequence]`, in order, padded with indices of
-    other entries in rows that have fewer than the longest, n >= 1; and which of them are real, `[batch, n]`.
-    """
-    count = selected.sum(dim=1, keepdim=True)
-    longest = max(int(count.max()), 1)
-    index = selected.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return index, torch.arange(longest, device=selected.device) < count
 
 
 def take(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
@@ -344,10 +405,27 @@ class Qwen3VLPVMForConditionalGeneration(
         return super().forward(*args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, *, inputs_embeds=None, use_pvm: bool | Collection[int] = True, **kwargs
+        self,
+        input_ids,
+        *,
+        inputs_embeds=None,
+        use_pvm: bool | Collection[int] = True,
+        image_kv_cache: str = "keep",
+        **kwargs,
     ):
         """As the stock model; `generate()` accepts only arguments that are named here."""
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, use_pvm=use_pvm, **kwargs)
+        kwargs |= {"inputs_embeds": inputs_embeds, "use_pvm": use_pvm, "image_kv_cache": image_kv_cache}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is None or model_kwargs.get("image_kv_cache") != "evict":
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        # Later chunks of the prompt see images of earlier ones.
+        attention_mask = model_kwargs["attention_mask"]
+        model_kwargs = {**model_kwargs, "image_kv_cache": "keep"}
+        output = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        evict_images(output.past_key_values, attention_mask)
+        return output
 
 
 __all__ = [
@@ -355,6 +433,5 @@ __all__ = [
     "Qwen3VLPVMModel",
     "Qwen3VLPVMPreTrainedModel",
     "Qwen3VLPVMTextModel",
-    "pack",
     "pvm_blocks",
 ]

@@ -115,14 +115,6 @@ def test_the_decoder_sees_text_alone():
     assert (states.last_hidden_state[hidden] == 0).all() and (states.last_hidden_state[~hidden] != 0).any(-1).all()
 
 
-def test_a_cache_is_refused():
-    batch = tiny.inputs(*BATCHES["one image"])
-    with pytest.raises(ValueError, match="pass `use_cache=False`"):
-        tiny.build()(**batch, image_kv_cache="skip")
-    with pytest.raises(ValueError, match="pass 'keep' or 'skip'"):
-        tiny.build()(**batch, image_kv_cache="drop")
-
-
 def test_the_same_micro_batches_on_all_ranks_and_when_resumed():
     def drawn(share: float, seed: int, steps: range) -> list[bool]:
         hides = ImageDropout(share, seed)

@@ -1,5 +1,7 @@
 """A tiny untrained Qwen3-VL with branches, and inputs for it; nothing is downloaded."""
 
+import contextlib
+
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -169,3 +171,22 @@ BATCHES = {
 def logits(model, batch: dict[str, torch.Tensor], **kwargs) -> torch.Tensor:
     """`[batch, sequence, vocabulary]` of a forward pass, without a cache by default."""
     return model(**batch, **{"use_cache": False, **kwargs}).logits
+
+
+@contextlib.contextmanager
+def decoder_mask(model, allowed: torch.BoolTensor):
+    """The decoder's self-attention, and nothing else, uses the mask `[batch, query, key]`."""
+    allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)  # no row is empty
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    layers = model.model.language_model.layers
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from modeling_qwen3vl_pvm import pack, pvm_blocks
+from cache_qwen3vl_pvm import pack
+from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.data.encoding import IGNORE_INDEX, VISUAL_INPUTS
 
 
