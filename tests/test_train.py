@@ -237,6 +237,88 @@ def test_a_resumed_run_is_the_same_run(base, conversations, pvm_run, tmp_path, f
         run(base, conversations, tmp_path / "run", *PVM, *resume, *flags)
 
 
+@pytest.fixture
+def moved(base, conversations, tmp_path) -> tuple[Path, Path]:
+    """Copies of base and data in other folders."""
+    shutil.copytree(base, tmp_path / "moved" / "base")
+    shutil.copytree(conversations.parent, tmp_path / "moved" / "data")
+    return tmp_path / "moved" / "base", tmp_path / "moved" / "data" / conversations.name
+
+
+@pytest.fixture
+def resume(pvm_run, tmp_path):
+    """Resume `pvm_run` from its second step with another base or other data."""
+    flags = (*RUNS["pvm"], *SAVES, "--resume_from_checkpoint", str(pvm_run / "checkpoint-2"))
+    return lambda base, conversations: run(base, conversations, tmp_path / "resumed", *flags)
+
+
+def test_base_and_data_may_have_moved(moved, resume, pvm_run):
+    assert losses(resume(*moved)) == losses(pvm_run)
+
+
+def change_a_word(base: Path, data: Path) -> None:
+    data.write_text(data.read_text().replace("Cell first alpha?", "Cell first bravo?", 1))
+
+
+def remove_a_row(base: Path, data: Path) -> None:
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+
+
+def swap_two_rows(base: Path, data: Path) -> None:
+    first, second, *others = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([second, first, *others]))
+
+
+def change_an_image(base: Path, data: Path) -> None:
+    shutil.copy(data.parent / "0.png", data.parent / "1.png")
+
+
+def change_a_frozen_weight(base: Path, data: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.visual.pos_embed.weight"][0, 0] += 1e-3
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_config(base: Path, data: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] *= 2
+    (base / "config.json").write_text(json.dumps(config))
+
+
+def change_the_chat_template(base: Path, data: Path) -> None:
+    with open(base / "chat_template.jinja", "a") as file:
+        file.write("{# another #}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_a_word, r"the rows of the data differ from those of that run \(then 12 rows of \w+, now 12 rows of"),
+        (remove_a_row, r"the rows of the data differ .* \(then 12 rows of \w+, now 11 rows of"),
+        (swap_two_rows, "the rows of the data differ"),
+        (change_an_image, "the rows of the data differ"),
+        (change_a_frozen_weight, "the weights of the base differ"),
+        (change_the_config, "the settings in the config.json of the base differ"),
+        (change_the_chat_template, "the settings of the processor of the base differ"),
+    ],
+)
+def test_a_resumed_run_has_the_same_base_and_data(moved, resume, change, message):
+    """By content, and not by name."""
+    change(*moved)
+    with pytest.raises(UserError, match=f"^--resume_from_checkpoint .*checkpoint-2: {message}"):
+        resume(*moved)
+
+
+def test_images_that_changed_after_the_check_are_noticed(moved, resume):
+    """Their names are all that a data set knows of them."""
+    base, data = moved
+    resume(base, data)
+    change_an_image(base, data)
+    shutil.rmtree(data.parent.parent.parent / "resumed")
+    with pytest.raises(UserError, match="the rows of the data differ"):
+        resume(base, data)
+
+
 @pytest.mark.parametrize("folder", ["", "checkpoint-2"])
 def test_only_whole_checkpoints_are_resumed(base, conversations, pvm_run, tmp_path, folder):
     """Not the final model, and not what --save_only_model leaves."""

@@ -1,20 +1,29 @@
-"""Resuming a run: from which checkpoint, and only with the same settings."""
+"""Resuming a run: from which checkpoint, and only with the same settings, data and base."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
+from transformers import ProcessorMixin, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from pvm.checkpoints.names import stored_config
+from pvm.data.encoding import processor_state
 from pvm.data.sources import DataArguments
 from pvm.data.validation import REPORTS
 from pvm.errors import UserError
 from pvm.files import LOCK
 from pvm.training.methods import ModelArguments, base_model
 from pvm.training.saving import SETTINGS, STAGING
+
+
+# Settings that only name what is compared by its content: it may have moved, or something else have its name.
+NAMES = ("model_name_or_path", "model_revision", "base_model_id", "base_model", "base_revision", "dataset_name")
+# Fields of a config.json that do not change what the model computes.
+NOT_COMPARED = ("transformers_version", "_name_or_path", "base_model_name_or_path", "base_model_revision")
 
 
 def find_checkpoint(arguments: TrainingArguments, settings: dict[str, Any]) -> str | None:
@@ -67,13 +76,46 @@ def _check_resume(checkpoint: Path, arguments: TrainingArguments, settings: dict
             f"{flag}: its {SETTINGS} or {TRAINER_STATE_NAME} is broken ({error}). Resume from an earlier checkpoint."
         ) from error
     for key, value in settings.items():
-        if before.get(key) != value:
+        if key not in NAMES and before.get(key) != value:
             raise UserError(
                 f"{flag}: that run had --{key} {before.get(key)}, and this one has {value}. Use the same value, or "
                 "start a new run in another --output_dir."
             )
     if 0 < arguments.max_steps < step:
         raise UserError(f"{flag} is at step {step}, beyond --max_steps {arguments.max_steps}.")
+
+
+def check_content(checkpoint: str | None, content: dict[str, str | None]) -> None:
+    """
+    Refuse to continue a run with other data or another base.
+
+    Args:
+        checkpoint (`str`, *optional*): the one to resume from, see [`find_checkpoint`].
+        content (`dict[str, str | None]`): a fingerprint of each part of data and base, by its name in messages; `None`
+            if there is none. Parts that the checkpoint does not know are not compared.
+
+    Raises:
+        UserError: naming the part that differs.
+    """
+    if checkpoint is None:
+        return
+    before = json.loads((Path(checkpoint) / SETTINGS).read_text()).get("content", {})
+    for part, fingerprint in content.items():
+        if None not in (fingerprint, before.get(part)) and before[part] != fingerprint:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: {part} differ from those of that run (then {before[part]}, "
+                f"now {fingerprint}). Use what that run used, or start a new run in another --output_dir."
+            )
+
+
+def base_fingerprints(arguments: ModelArguments, processor: ProcessorMixin) -> dict[str, str]:
+    """What the files of the base say, wherever they are, for [`check_content`]; the weights must be loaded first."""
+    config = stored_config(arguments.model_name_or_path, arguments.model_revision)
+    config = json.dumps({key: value for key, value in config.items() if key not in NOT_COMPARED}, sort_keys=True)
+    return {
+        "the settings in the config.json of the base": hashlib.sha256(config.encode()).hexdigest(),
+        "the settings of the processor of the base": hashlib.sha256(processor_state(processor).encode()).hexdigest(),
+    }
 
 
 def run_settings(
