@@ -49,8 +49,8 @@ quality: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-backbone: $(INSTALLED) data/digits-backbone/test.parquet
-	$(RUN) -m pvm.digits.backbone --output_dir runs/digits_untrained
+backbone: $(INSTALLED) data/backbone/train.parquet
+	$(RUN) -m pvm.worlds.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
 
 MACHINE ?= this-machine
@@ -79,10 +79,10 @@ $(LMMS_INSTALLED): requirements.txt requirements-lmms.txt
 	@touch $@
 
 data/digits/test.parquet:
-	$(RUN) -m pvm.digits.data --output_dir data/digits
+	$(RUN) -m pvm.worlds.data --output_dir data/digits
 
-data/digits-backbone/test.parquet:
-	$(RUN) -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
+data/backbone/train.parquet:
+	$(RUN) -m pvm.worlds.data --rows backbone --output_dir data/backbone
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))

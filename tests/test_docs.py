@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.digits import data as digits
+from pvm.worlds import data as digits
 from tiny import set_gates
 from training import PVM, run
 

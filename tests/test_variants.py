@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from pvm.digits import world
-from pvm.digits.data import FEATURES, adapt_row
+from pvm.worlds.data import FEATURES, adapt_row
+from pvm.worlds.digits import Digits
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_the_page(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("pvm", "recipes", "assets"):
         os.symlink(ROOT / name, tmp_path / name)
-    digits, rng = world.Digits.load("train"), np.random.default_rng(0)
+    digits, rng = Digits.load("train"), np.random.default_rng(0)
     rows = Dataset.from_list([adapt_row(digits, rng) for _ in range(12)], features=FEATURES)
     (tmp_path / "data/digits").mkdir(parents=True)
     for split in ("train", "test"):

@@ -1,6 +1,6 @@
 """Builds the untrained tiny backbone: a real Qwen3-VL of 1.3M parameters with a real processor.
 
-    python -m pvm.digits.backbone --output_dir runs/digits_untrained
+    python -m pvm.worlds.backbone --output_dir runs/digits_untrained
 
 train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
 """
@@ -23,7 +23,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from pvm.digits import world
+from pvm.worlds import language
+from pvm.worlds.data import WORLDS
 
 
 SPECIAL_TOKENS = (
@@ -62,14 +63,14 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the world: one token per word, else bytes."""
+    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the worlds: one token per word, else bytes."""
     blank = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = blank.pre_tokenizer
     tokenizer.normalizer = blank.normalizer
     # `vocab_size` is not reached: pairs are merged until every word of the texts is one token.
     tokenizer.train_from_iterator(
-        world.texts(),
+        language.texts(WORLDS.values()),
         BpeTrainer(
             vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
         ),
@@ -81,7 +82,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=4096,
+        model_max_length=8192,
     )
 
 
@@ -108,7 +109,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,
         "initializer_range": 0.05,
         "rope_parameters": {
             "rope_type": "default",
