@@ -5,17 +5,16 @@ The visual memory of a conversation, and how it rides with the KV cache.
 A cache has one memory: the keys and values of every branch, and where in the sequence their tokens are. The first
 cache layer carries it, whatever the class of that layer, so that everything done to the cache is done to the memory.
 
-Because branches have a memory of their own, visual tokens may leave the KV cache (`image_kv_cache`). Its layers then
-hold fewer columns than the sequence has tokens, and [`CachedTokens`] says which. Their length is still that of the
-sequence, as it is for the sliding windows of transformers.
+Because branches have a memory of their own, visual tokens may leave the KV cache (eviction_qwen3vl_pvm.py). Its layers
+then hold fewer columns than the sequence has tokens. Their length is still that of the sequence, as it is for the
+sliding windows of transformers.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -100,52 +99,6 @@ class VisualMemory:
         return VisualMemory(positions, rope_deltas, complete, self.in_kv_cache, keys, values)
 
 
-@dataclass(frozen=True)
-class CachedTokens:
-    """
-    The tokens of a sequence that are in the KV cache, as far as visual tokens were left out. Later tokens are all
-    there, in later columns.
-
-    positions (`torch.LongTensor` `[batch, columns]`): of the tokens in the sequence, ascending; `NO_POSITION` behind
-        them in rows that hold fewer.
-    length (`int`): of the sequence that the columns stand for.
-    """
-
-    positions: torch.LongTensor
-    length: int
-
-    @property
-    def missing(self) -> int:
-        """Number of columns by which the cache is shorter than the sequence."""
-        return self.length - self.positions.shape[1]
-
-    def until(self, length: int) -> torch.LongTensor:
-        """`[batch, columns]`: positions of all columns of a sequence that has grown to `length` tokens."""
-        later = torch.arange(self.length, length, device=self.positions.device)
-        return torch.cat([self.positions, later.expand(len(self.positions), -1)], dim=1)
-
-    def mask(self, attention_mask: torch.Tensor | None, length: int) -> torch.BoolTensor:
-        """
-        `attention_mask` `[batch, sequence]` (`None`: no padding) for the first `length` tokens, by columns. In front
-        are `missing` columns for those that are not there: masks count from the start of the sequence.
-        """
-        positions = self.until(length)
-        mask = positions != NO_POSITION
-        if attention_mask is not None:
-            mask &= attention_mask.to(mask.device).bool().gather(1, positions.clamp(max=length - 1))
-        return nn.functional.pad(mask, (self.missing, 0))
-
-    def select(self, rows: torch.LongTensor) -> "CachedTokens":
-        return replace(self, positions=self.positions[rows.to(self.positions.device)])
-
-    def crop(self, length: int) -> "CachedTokens":
-        if length >= self.length:
-            return self
-        kept = self.positions < length
-        columns = int(kept.sum(dim=1).max())
-        return CachedTokens(self.positions.masked_fill(~kept, NO_POSITION)[:, :columns], length)
-
-
 class VisualMemoryLayerMixin:
     """
     A cache layer of any class. The first layer of a cache also carries the memory; the others are of this class, and
@@ -155,7 +108,7 @@ class VisualMemoryLayerMixin:
     layer_class: type[CacheLayerMixin]
     first_layer: "VisualMemoryLayerMixin | None" = None  # None: this one
     visual_memory: VisualMemory | None = None
-    cached_tokens: CachedTokens | None = None
+    cached_tokens = None  # a `CachedTokens`; `None`: all
 
     @property
     def missing(self) -> int:
@@ -241,69 +194,29 @@ def _new_layer(layer_class: type[CacheLayerMixin]) -> VisualMemoryLayerMixin:
     return layer_class.__new__(layer_class)
 
 
-def _layer(cache: Cache, index: int) -> VisualMemoryLayerMixin:
+def memory_layer(cache: Cache, index: int = 0) -> VisualMemoryLayerMixin:
     """A layer of a cache, which is first replaced by one of a subclass that shares all its attributes."""
     layer = cache.layers[index]
     if not isinstance(layer, VisualMemoryLayerMixin):
         carrier = _new_layer(type(layer))
         carrier.__dict__ = layer.__dict__
-        carrier.first_layer = _layer(cache, 0) if index > 0 else None
+        carrier.first_layer = memory_layer(cache) if index > 0 else None
         cache.layers[index] = layer = carrier
     return layer
 
 
-def _first_layer(past_key_values: Cache | None) -> VisualMemoryLayerMixin | None:
+def first_memory_layer(past_key_values: Cache | None) -> VisualMemoryLayerMixin | None:
+    """The layer that carries the memory; `None` if no image was seen."""
     layer = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
     return layer if isinstance(layer, VisualMemoryLayerMixin) else None
 
 
 def get_visual_memory(past_key_values: Cache | None) -> VisualMemory | None:
     """The memory that rides with a cache; `None` if it has seen no image."""
-    layer = _first_layer(past_key_values)
+    layer = first_memory_layer(past_key_values)
     return None if layer is None else layer.visual_memory
 
 
 def set_visual_memory(past_key_values: Cache, memory: VisualMemory) -> None:
     """Let the memory ride with a cache of any class."""
-    _layer(past_key_values, 0).visual_memory = memory
-
-
-def get_cached_tokens(past_key_values: Cache | None) -> CachedTokens | None:
-    """Which tokens a cache holds; `None` if it holds all."""
-    layer = _first_layer(past_key_values)
-    return None if layer is None else layer.cached_tokens
-
-
-def set_cached_tokens(past_key_values: Cache, cached_tokens: CachedTokens) -> None:
-    """Say which tokens a cache holds."""
-    for index in range(len(past_key_values.layers)):
-        _layer(past_key_values, index)
-    past_key_values.layers[0].cached_tokens = cached_tokens
-
-
-def evict_images(past_key_values: Cache, attention_mask: torch.Tensor | None = None) -> None:
-    """
-    Take keys and values of visual tokens and padding out of every layer of a cache. Branches keep their memory.
-
-    Args:
-        past_key_values (`Cache`): that can shrink, as dynamic, offloaded and quantised ones can.
-        attention_mask (`torch.Tensor` `[batch, sequence]`, *optional*): of all tokens so far.
-    """
-    memory = get_visual_memory(past_key_values)
-    if memory is None or not memory.in_kv_cache:
-        return
-    length, device = past_key_values.get_seq_length(), memory.positions.device
-    cached = get_cached_tokens(past_key_values)
-    if cached is None:
-        cached = CachedTokens(torch.arange(length, device=device).expand(len(memory.positions), -1), length)
-    visual = torch.zeros(len(memory.positions), length + 1, dtype=torch.bool, device=device)
-    visual.scatter_(1, memory.positions.clamp(max=length).long(), True)  # the last column is for empty slots
-
-    positions = cached.until(length)
-    kept = cached.mask(attention_mask, length)[:, cached.missing :] & ~visual.gather(1, positions.clamp(max=length))
-    index, present = pack(kept)
-    for number in range(len(past_key_values.layers)):
-        _layer(past_key_values, number).keep(index)
-    positions = positions.gather(1, index).masked_fill(~present, NO_POSITION)
-    set_cached_tokens(past_key_values, CachedTokens(positions, length))
-    set_visual_memory(past_key_values, replace(memory, in_kv_cache=False))
+    memory_layer(past_key_values).visual_memory = memory

@@ -28,46 +28,24 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLTextModel,
     Qwen3VLVisionModel,
 )
-from transformers.utils import logging
 
 
 try:
     from .adapter_qwen3vl_pvm import AdapterMixin
     from .block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
-    from .cache_qwen3vl_pvm import (
-        NO_POSITION,
-        CachedTokens,
-        VisualMemory,
-        evict_images,
-        get_cached_tokens,
-        get_visual_memory,
-        pack,
-        set_cached_tokens,
-        set_visual_memory,
-    )
+    from .cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, pack, set_visual_memory
     from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+    from .eviction_qwen3vl_pvm import CachedTokens, check_image_kv_cache, evict_images, warn_without_image_dropout
     from .rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from .variants_qwen3vl_pvm import BLOCKS
 except ImportError:  # in a checkout, where this file is a top-level module
     from adapter_qwen3vl_pvm import AdapterMixin
     from block_qwen3vl_pvm import CrossAttentionMetadata, Qwen3VLPVMBlock, Qwen3VLPVMCrossAttention, pvm_blocks
-    from cache_qwen3vl_pvm import (
-        NO_POSITION,
-        CachedTokens,
-        VisualMemory,
-        evict_images,
-        get_cached_tokens,
-        get_visual_memory,
-        pack,
-        set_cached_tokens,
-        set_visual_memory,
-    )
+    from cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, pack, set_visual_memory
     from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
+    from eviction_qwen3vl_pvm import CachedTokens, check_image_kv_cache, evict_images, warn_without_image_dropout
     from rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
     from variants_qwen3vl_pvm import BLOCKS
-
-
-logger = logging.get_logger(__name__)
 
 
 class Qwen3VLPVMTextDecoderLayer(Qwen3VLTextDecoderLayer):
@@ -193,10 +171,30 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
-        past_key_values = self._check(image_kv_cache, visual_pos_masks, attention_mask, past_key_values, **kwargs)
-        skip = image_kv_cache == "skip" and visual_pos_masks is not None
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         wants_attention = kwargs.get("output_pvm_attentions", False)
+        if wants_attention and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_pvm_attentions=True` needs eager attention, not {self.config._attn_implementation}: call "
+                "`model.set_attn_implementation('eager')` first."
+            )
+        use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
+        if not isinstance(use_pvm, bool) and not (
+            isinstance(use_pvm, list | tuple | set)
+            and all(type(layer) is int and layer in layers for layer in use_pvm)
+        ):
+            raise ValueError(
+                f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
+            )
+        has_images = visual_pos_masks is not None
+        if has_images and image_kv_cache != "keep" and past_key_values is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache or (use_cache is None and self.config.use_cache):
+                past_key_values = DynamicCache(config=self.config)
+        check_image_kv_cache(image_kv_cache, has_images, attention_mask, past_key_values)
+        if has_images and image_kv_cache != "keep" and not self.training:
+            warn_without_image_dropout(self.config.pvm_training)
+        skip = has_images and image_kv_cache == "skip"
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
 
         memory = get_visual_memory(past_key_values)
         visual_embeds = metadata = None
@@ -233,12 +231,11 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             return self._forward_text(
                 text_index, is_text, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
             )
-        cached, mask = get_cached_tokens(past_key_values), attention_mask
-        if cached is not None:
-            mask = cached.mask(attention_mask, past_length + inputs_embeds.shape[1])
+        cached = CachedTokens.of(past_key_values)
+        length = past_length + inputs_embeds.shape[1]
         output = super().forward(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=attention_mask if cached is None else cached.mask(attention_mask, length),
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -249,47 +246,6 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             evict_images(past_key_values, attention_mask)
         return output
 
-    def _check(
-        self, image_kv_cache, visual_pos_masks, attention_mask, cache, use_cache=None, **kwargs
-    ) -> Cache | None:
-        """Refuse what a pass cannot do. Returns the cache, made here if images are not to stay in it."""
-        if kwargs.get("output_pvm_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_pvm_attentions=True` needs eager attention, not {self.config._attn_implementation}: call "
-                "`model.set_attn_implementation('eager')` first."
-            )
-        use_pvm, layers = kwargs.get("use_pvm", True), list(self.config.pvm_layers)
-        if not isinstance(use_pvm, bool) and not (
-            isinstance(use_pvm, list | tuple | set)
-            and all(type(layer) is int and layer in layers for layer in use_pvm)
-        ):
-            raise ValueError(
-                f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
-            )
-        if image_kv_cache not in ("keep", "evict", "skip"):
-            raise ValueError(f"`image_kv_cache={image_kv_cache!r}`: pass 'keep', 'evict' or 'skip'.")
-        if get_cached_tokens(cache) is None and (image_kv_cache == "keep" or visual_pos_masks is None):
-            return cache
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("`image_kv_cache` needs an `attention_mask` of the form [batch, sequence].")
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=self.config)
-        if cache is None and image_kv_cache == "evict":
-            raise ValueError("`image_kv_cache='evict'` needs a cache: leave `use_cache=False` out, or pass 'skip'.")
-        if cache is not None and cache.is_compileable:
-            raise ValueError(
-                f"`image_kv_cache={image_kv_cache!r}` needs a cache that can shrink, not a static one: leave "
-                "`cache_implementation` out, or pass a DynamicCache."
-            )
-        training = self.config.pvm_training
-        if not self.training and training and not training.get("image_dropout"):
-            logger.warning_once(
-                f"`image_kv_cache={image_kv_cache!r}`: this checkpoint was trained without image dropout, so its "
-                "branches may not carry the image: in our tests such a model lost 61.6 points of accuracy, and one that "
-                "was trained with `--image_dropout` none."
-            )
-        return cache
-
     def _forward_text(
         self, index, is_text, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
     ) -> BaseModelOutputWithPast:
@@ -297,8 +253,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         mask, past_length = is_text, 0
         if past_key_values is not None:
             past_length = past_key_values.get_seq_length()
-            nothing = torch.arange(past_length, device=index.device).expand(len(index), -1)
-            cached = get_cached_tokens(past_key_values) or CachedTokens(nothing, past_length)
+            cached = CachedTokens.of(past_key_values) or CachedTokens.all(past_length, len(index), index.device)
             mask = torch.cat([cached.mask(attention_mask, past_length), is_text], dim=1)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=index.device) + past_length
@@ -312,7 +267,7 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         if past_key_values is not None:
             positions = (index + past_length).masked_fill(~is_text, NO_POSITION)
             positions = torch.cat([cached.until(past_length), positions], dim=1)
-            set_cached_tokens(past_key_values, CachedTokens(positions, past_length + inputs_embeds.shape[1]))
+            CachedTokens(positions, past_length + inputs_embeds.shape[1]).set(past_key_values)
         states = output.last_hidden_state * is_text[..., None]
         index = index[..., None].expand_as(states)
         output.last_hidden_state = torch.zeros_like(inputs_embeds).scatter_add(1, index, states)

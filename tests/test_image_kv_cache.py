@@ -11,8 +11,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 import tiny
-from cache_qwen3vl_pvm import get_cached_tokens, get_visual_memory
+from cache_qwen3vl_pvm import get_visual_memory
 from conversations import NEW_TOKENS, Conversation, assert_same_logits, generate
+from eviction_qwen3vl_pvm import CachedTokens
 from test_cache import ROWS, TURNS, ExactlyQuantizedLayer
 from tiny import BATCHES, image, text
 
@@ -132,7 +133,7 @@ def test_what_the_cache_holds(model, rows, mode):
     length = batch["input_ids"].shape[1]
     assert cache.get_seq_length() == length
     if rows == "text only":
-        assert get_cached_tokens(cache) is None and get_visual_memory(cache) is None
+        assert CachedTokens.of(cache) is None and get_visual_memory(cache) is None
         assert columns(cache) == [length] * 4
     else:
         is_text = batch["attention_mask"] * (batch["mm_token_type_ids"] == 0)
@@ -223,7 +224,7 @@ def test_copies_and_reset(model, mode, tmp_path):
         again.done, again.length = 1, tiny.inputs(*turns[0])["input_ids"].shape[1]
         torch.testing.assert_close(again.next_turn(), expected)
     conversation.cache.reset()
-    assert get_cached_tokens(conversation.cache) is None and get_visual_memory(conversation.cache) is None
+    assert CachedTokens.of(conversation.cache) is None and get_visual_memory(conversation.cache) is None
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
