@@ -25,8 +25,6 @@ import pvm  # noqa: F401, I001  (first: it makes torchvision importable where it
 
 from pathlib import Path
 
-from rich.console import Console
-
 from pvm.arguments import parse_arguments, refuse_flags
 from pvm.errors import UserError, ends_in_a_sentence
 from pvm.evaluation.arguments import WITH_TASKS, EvalArguments, check_arguments
@@ -34,6 +32,7 @@ from pvm.evaluation.report import checkpoint_lines, findings, remarks, rich_tabl
 from pvm.evaluation.run import evaluate
 from pvm.files import locked
 from pvm.lmms.run import BenchmarkArguments, run_benchmarks
+from pvm.terminal import Terminal
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,14 +51,14 @@ def main(arguments: list[str] | None = None) -> None:
     with locked(Path(args.output_dir)):
         report = evaluate(args, models)
 
-    console = Console(soft_wrap=True)
+    console = Terminal()
     for line in [*checkpoint_lines(report), *remarks(report)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     for table in rich_tables(report):
         console.print(table)
     for line in findings(report):
-        console.print(f"- {line}", highlight=False, markup=False)
-    print(f"\nWritten: {args.output_dir}/report.html (self-contained), report.md, report.json, predictions/")
+        console.print(f"- {line}")
+    console.print(f"\nWritten: {args.output_dir}/report.html (self-contained), report.md, report.json, predictions/")
 
 
 if __name__ == "__main__":

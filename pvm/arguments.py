@@ -15,6 +15,14 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from pvm.errors import REFUSALS, UserError
+from pvm.terminal import printable
+
+
+class Parser(HfArgumentParser):
+    """Errors may quote a recipe."""
+
+    def error(self, message: str):
+        super().error(printable(message))
 
 
 def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:
@@ -34,7 +42,7 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
             the wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(
+    parser = Parser(
         dataclasses,
         description=description,
         usage="%(prog)s [--config FILE] [--field value ...]   (--help explains the fields)",

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from pvm.terminal import prepare_terminal, printable
+
 
 # What libraries raise for values they do not accept and for packages that are not installed.
 REFUSALS = (ImportError, RuntimeError, TypeError, ValueError)
@@ -51,6 +53,7 @@ def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Itera
         command (`str`): its name.
         interrupted (`str`): what to say after Ctrl-C.
     """
+    prepare_terminal()
     try:
         if sys.getfilesystemencoding() != "utf-8":
             raise UserError(
@@ -61,9 +64,11 @@ def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Itera
         return
     except UserError as error:
         status, sentence = 2, f"error: {error}"
-    except (StrictDataclassError, SafetensorError, OSError) as error:
+    except StrictDataclassError as error:
+        status, sentence = 1, f"error: {error.__cause__ or error}"  # not "Class validation error for validator ..."
+    except (SafetensorError, OSError) as error:
         status, sentence = 1, f"error: {error}"
     except KeyboardInterrupt:
         status, sentence = 130, interrupted
-    print(f"{command}: {sentence}", file=sys.stderr)
+    print(printable(f"{command}: {sentence}"), file=sys.stderr)
     sys.exit(status)

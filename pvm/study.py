@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from pvm.errors import UserError
 from pvm.files import locked, write_atomically
+from pvm.terminal import Terminal
 from pvm.training.methods import METHODS
 
 
@@ -219,7 +219,7 @@ def choose_learning_rates(runs: list[Run], output_dir: str) -> dict[str, float]:
         at_edge = len(tried) > 1 and chosen[name] in (min(tried), max(tried))
         tried_losses = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
         table.add_row(name, tried_losses, f"{chosen[name]:g}{' (at the edge of those tried)' if at_edge else ''}")
-    Console(soft_wrap=True).print(table)
+    Terminal().print(table)
     return chosen
 
 
@@ -269,7 +269,7 @@ def run_study(study: Study, jobs: int, run_script: RunScript) -> None:
         different = [key for key, value in settings.items() if before.get(key) != value]
         if different:
             raise UserError(f"{file} is a report with a different {', '.join(different)}. Move it to make a new one.")
-        print(f"The report exists already: {file.with_name('report.html')}")
+        Terminal().print(f"The report exists already: {file.with_name('report.html')}")
         return
     if status := run_script("eval.py", as_flags(settings), None):
         sys.exit(status)

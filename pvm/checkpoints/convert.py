@@ -33,6 +33,7 @@ from pvm.checkpoints.names import branch_block, checkpoint_kind
 from pvm.checkpoints.record import RECORD
 from pvm.errors import UserError
 from pvm.files import LOCK, locked
+from pvm.terminal import Terminal
 
 
 def load_merged(name: str, revision: str) -> Qwen3VLPVMForConditionalGeneration:
@@ -105,7 +106,7 @@ def save(model: Qwen3VLPVMForConditionalGeneration, folder: Path, form: str) -> 
         fields = json.loads((folder / CONFIG_NAME).read_text())
         (folder / CONFIG_NAME).write_text(json.dumps(reference_config(fields), indent=2) + "\n")
         if model.config.text_config.pvm_causal:
-            print(
+            Terminal().print(
                 "Note: in this model text attends to the images before it only, in the authors' implementation to all "
                 "images of its row. The results differ wherever text comes before an image, even if that is only the "
                 "header of the chat format."
@@ -145,14 +146,14 @@ def convert(args: Namespace) -> None:
         try:
             load_processor(name, args.revision).save_pretrained(staging)
         except (OSError, ValueError):
-            print(f"Note: {name} has no processor; use the base's.")
+            Terminal().print(f"Note: {name} has no processor; use the base's.")
         if Path(name, RECORD).is_file():
             shutil.copy(Path(name, RECORD), staging)
         if args.to != "reference":
             write_card(staging, folder.resolve().name)
         for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
             os.replace(file, folder / file.name)  # without config.json, the last one, nothing loads the folder
-    print(f"Written: {folder}")
+    Terminal().print(f"Written: {folder}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import transformers
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
-from rich.console import Console
 from rich.table import Table
 from transformers import ProcessorMixin, TrainingArguments
 
@@ -22,6 +21,7 @@ from pvm.data.json_rows import place
 from pvm.data.sources import Conversations, DataArguments, Mixture, load_sources
 from pvm.data.streams import WATCH_AFTER, ConversationStream, load_streams, stream_fingerprint
 from pvm.errors import SetupError, UserError
+from pvm.terminal import Terminal
 
 
 SKIPPED_ROWS, DRY_RUN = REPORTS = ("skipped_rows.jsonl", "dry_run.json")  # a new run may overwrite these files only
@@ -44,7 +44,7 @@ def load_training_data(
     training_args: TrainingArguments,
     processor: ProcessorMixin,
     needs_visuals: bool,
-    console: Console,
+    console: Terminal,
     **encoder_arguments,
 ) -> ConversationDataset | ConversationStream | None:
     """
@@ -52,7 +52,7 @@ def load_training_data(
 
     Args:
         needs_visuals (`bool`): refuse data without any image or video.
-        console (`rich.console.Console`): where the main process prints what the data is.
+        console (`Terminal`): where the main process prints what the data is.
         encoder_arguments: further ones of [`ConversationEncoder`], if the data is not for training on answers.
 
     Returns:
@@ -99,10 +99,10 @@ def load_training_data(
             path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
             for table in tables(report):
                 console.print(table)
-            console.print(f"Written: {path}", highlight=False)
+            console.print(f"Written: {path}")
         else:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report["refused"]), "utf-8")
-            console.print(summary(report, path), highlight=False)
+            console.print(summary(report, path))
     problem = _problem(report, arguments, needs_visuals, path)
     if problem:
         raise UserError(f"A training would stop here: {problem}" if arguments.dry_run else problem)

@@ -20,6 +20,7 @@ from pvm.checkpoints.card import CARD, Results, write_card
 from pvm.errors import UserError
 from pvm.evaluation.report import checkpoint_lines, difference_guide, remarks
 from pvm.evaluation.tables import difference_table, distance_table, intact_names, overall_table
+from pvm.terminal import Terminal
 
 
 PICTURE = "results.png"
@@ -107,4 +108,4 @@ def main(arguments: list[str] | None = None) -> None:
             shutil.copy(picture, folder / PICTURE)
         results.append(results_of(report, model, has_picture))
     write_card(folder, args.name or folder.resolve().name, results, args.license)
-    print(f"Written: {folder / CARD}")
+    Terminal().print(f"Written: {folder / CARD}")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from variants_qwen3vl_pvm import BLOCKS
 
@@ -24,11 +23,11 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], alignment, *lines[1:]))
 
     def rich(self) -> RichTable:
-        table = RichTable(title=Text(self.title), title_justify="left")  # Text: names may look like markup
+        table = RichTable(title=self.title, title_justify="left")
         for k, heading in enumerate(self.header):
-            table.add_column(Text(heading), justify="right" if k else "left")
+            table.add_column(heading, justify="right" if k else "left")
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*row)
         return table
 
 

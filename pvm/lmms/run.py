@@ -18,13 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from pvm.checkpoints.names import checkpoint_state, public_name
 from pvm.errors import REFUSALS, UserError
 from pvm.evaluation.report import checkpoint_lines
 from pvm.files import write_atomically
 from pvm.lmms.report import compare, markdown_report, results_table, runs_table
+from pvm.terminal import Terminal
 
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -335,7 +334,7 @@ def run_all(
                 if run is None:
                     if model is None:
                         model = Qwen3VLPVM(path, settings.dtype, settings.batch_size)
-                    print(f"{name}: {task}, seed {seed}", flush=True)
+                    Terminal().print(f"{name}: {task}, seed {seed}")
                     made = evaluate(model, tasks[task], settings, seed, files[which].with_suffix(""))
                     description = model.checkpoint.description
                     base = description.base and public_name(description.base)["name"]  # reports are shown to others
@@ -422,10 +421,10 @@ def run_benchmarks(
     write_json(output_dir / "lmms.json", report)
     (output_dir / "lmms.md").write_text(markdown_report(report), encoding="utf-8")
 
-    console = Console(soft_wrap=True)
+    console = Terminal()
     for line in checkpoint_lines(report):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     for table in filter(None, (results_table(report), runs_table(report))):
         console.print(table.rich())
-    print(f"\nWritten: {output_dir}/lmms.md, lmms.json, lmms_runs/")
+    console.print(f"\nWritten: {output_dir}/lmms.md, lmms.json, lmms_runs/")
     return report

@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
 from pvm.checkpoints.record import count_parameters
 from pvm.errors import UserError
+from pvm.terminal import Terminal
 from pvm.training.resume import check_content
 from pvm.training.trainer import CheckpointingTrainer
 
@@ -26,7 +26,7 @@ def parameter_table(model) -> Table:
 
 
 def train_and_save(
-    trainer: CheckpointingTrainer, checkpoint: str | None, command: str, model_name: str, console: Console
+    trainer: CheckpointingTrainer, checkpoint: str | None, command: str, model_name: str, console: Terminal
 ) -> None:
     """
     Train, save the result with record and card, and push it if that was asked for.
@@ -68,8 +68,7 @@ def train_and_save(
     console.print(f"\nSaved in {output_dir}. To compare it with its base on your test set:")
     console.print(
         f"  python eval.py --model {model_name} {output_dir} --dataset_name YOUR_TEST_SET --output_dir "
-        f"{output_dir}-eval (for a single file add --dataset_split train)",
-        highlight=False,
+        f"{output_dir}-eval (for a single file add --dataset_split train)"
     )
 
 
