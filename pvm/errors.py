@@ -68,7 +68,10 @@ def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Itera
         status, sentence = 1, f"error: {error.__cause__ or error}"  # not "Class validation error for validator ..."
     except (SafetensorError, OSError) as error:
         status, sentence = 1, f"error: {error}"
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # An error that follows on Ctrl-C is part of it, for instance that workers do not answer any more.
+        if not any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
+            raise
         status, sentence = 130, interrupted
     print(printable(f"{command}: {sentence}"), file=sys.stderr)
     sys.exit(status)

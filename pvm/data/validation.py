@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -178,7 +180,7 @@ def check_rows(
     encoder = ConversationEncoder(processor, **settings)
     check = partial(
         Dataset.from_dict({"row": conversations.rows}).map,
-        partial(_check_row, conversations, encoder),
+        partial(_check_row, conversations, encoder, os.getpid()),
         with_indices=True,
         features=CHECKED,
         num_proc=min(num_workers, len(conversations)) if num_workers > 1 else None,
@@ -204,8 +206,10 @@ def _is_up_to_date(checked: Dataset, conversations: Conversations) -> bool:
 
 
 def _check_row(
-    conversations: Conversations, encoder: ConversationEncoder, row: dict[str, int], index: int
+    conversations: Conversations, encoder: ConversationEncoder, main_process: int, row: dict[str, int], index: int
 ) -> dict[str, Any]:
+    if os.getpid() != main_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends its workers
     try:
         conversation = conversations[index]
         example = encoder(conversation)
