@@ -167,6 +167,8 @@ def check_base(base: Qwen3VLPVMConfig, config: Qwen3VLPVMConfig, name: str) -> N
     # What does not decide what a model computes, or is compared by itself.
     ignored = {*PreTrainedConfig().to_dict(), *config.sub_configs, "auto_map", "quantization_config", "peft_adapter"}
     ignored = ignored - {"tie_word_embeddings"} | {"base_model_name_or_path", "base_model_revision"}
+    # Settings of generation, to which Trainer gives the tokenizer's values: Qwen's config.json has no pad token.
+    ignored |= {"pad_token_id", "bos_token_id", "eos_token_id"}
     different = []
     for part in ("", *config.sub_configs):
         theirs, ours = ((getattr(model, part) if part else model).to_dict() for model in (base, config))

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import qwen3vl_real
+import training
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.checkpoints.loading import load_checkpoint
@@ -289,6 +290,15 @@ def test_the_published_folder_is_a_base(repository, processor, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, with_branches)
         assert torch.equal(loaded(**inputs, use_pvm=False).logits, expected)
+
+
+def test_what_was_trained_on_the_published_folder_loads(repository, conversations, tmp_path):
+    """Trainer gives the config a pad token, which Qwen's has not."""
+    run = training.run(repository, conversations, tmp_path / "run", "--max_steps", "2", "--dtype", "float32")
+    assert json.loads((run / "config.json").read_text())["text_config"]["pad_token_id"] == 151643
+    assert Qwen3VLConfig.from_pretrained(repository).text_config.pad_token_id is None
+    gates = load_checkpoint(str(run)).description.gates
+    assert len(gates) == 3 and all(gates.values())
 
 
 def test_generation_settings_are_kept_and_evaluation_is_greedy(repository, processor, tmp_path):
