@@ -1,6 +1,7 @@
 """What can be trained: PVM branches, and the controls to compare them with."""
 
 import importlib.util
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,9 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel | PeftModel:
             target_modules=LORA_TARGETS,
             modules_to_save=["pvm_block"] if arguments.has_branches else None,
         )
-        model = get_peft_model(model, lora)  # LoRA's weights are float32 over a backbone of any dtype
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's use
+            model = get_peft_model(model, lora)  # LoRA's weights are float32 over a backbone of any dtype
         lora.base_model_name_or_path, lora.revision = base, revision  # peft sets the path as it was given
     return model
 

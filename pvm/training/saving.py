@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from pvm.checkpoints.record import training_metadata
@@ -90,6 +91,18 @@ def _trained_weights(
     if isinstance(model, PeftModel):
         lora = {name: weight.contiguous() for name, weight in state_dict.items() if name not in branches}
     return {name.removeprefix(PEFT_PREFIX): weight for name, weight in branches.items()}, lora
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Not for each file that transformers writes: the bar of the training is on the screen. Also a decorator."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 @contextmanager

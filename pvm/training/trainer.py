@@ -32,6 +32,7 @@ from pvm.training.saving import (
     SETTINGS,
     STAGING,
     load_branches,
+    no_progress_bar,
     remove,
     save_branches,
     save_float32_branches,
@@ -98,6 +99,8 @@ class PVMTrainingArguments(TrainingArguments):
                 raise UserError(f"--{name} {value}: it cannot be negative.")
         if self.save_strategy == "best":
             raise UserError("--save_strategy best: nothing is evaluated during training. Choose steps, epoch or no.")
+        # Without an accelerator there is no choice, but transformers would warn, and refuse --bf16, without the flag.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise UserError(
@@ -259,6 +262,7 @@ class CheckpointingTrainer(Trainer):
         """Whether the language model around the branches is frozen, but for LoRA: its weights are the base's."""
         return bool(pvm_blocks(self.model)) and not self.model.get_input_embeddings().weight.requires_grad
 
+    @no_progress_bar()
     def _write_model(self, folder: Path) -> None:
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         state_dict = self.accelerator.get_state_dict(model)  # on all ranks, each of which may hold a shard
