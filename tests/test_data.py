@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 import train
 from pvm.data import media as media_files
 from pvm.data import streams, validation
-from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder
+from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder, content_digest
 from pvm.data.forms import Conversation, to_conversation
 from pvm.data.sources import Conversations, DataArguments, Mixture, load_conversations
 from pvm.data.streams import ConversationStream, load_streams, read_streams
@@ -591,7 +591,8 @@ def test_the_check_counts_what_training_sees_and_is_cached(processor, media, tmp
     rows, settings = load_conversations(write(media, "counted.jsonl", rows_of(5)), "train"), {"train_on": "all"}
     checked = check_rows(rows, processor, settings)
     length = len(ConversationDataset(rows, processor)[4]["input_ids"])
-    assert checked[4] == {"row": 4, "problem": None, "length": length, "visual_tokens": 16, "label_tokens": 2}
+    counts = {"row": 4, "problem": None, "length": length, "visual_tokens": 16, "label_tokens": 2}
+    assert checked[4] == {**counts, "content": content_digest(rows[4])}
 
     def fail(*_):
         raise AssertionError("checked again")
@@ -643,8 +644,9 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(media, tmp_path, capsys, mo
         train.main([*flags, "--dataset_name", names[1]])
 
 
-def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path):
+def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path, monkeypatch):
     """Even from a data loader worker, whose errors torch wraps in a traceback."""
+    monkeypatch.setattr(validation, "SAMPLED_ROWS", 1)  # the check does not see that row 2 has changed
     rows = rows_of(3)
     rows[2]["images"] = ["gone.png"]
     (media / "gone.png").write_bytes((media / "0.png").read_bytes())
@@ -662,9 +664,9 @@ def test_an_image_deleted_after_the_check_is_one_sentence(media, tmp_path):
     with pytest.raises(UserError) as error:
         run("run")
     assert str(error.value) == (
-        f"{name}, row 2 (line 3): the image {media}/gone.png does not exist: check the path, and the folder that "
-        "relative paths start from (--image_root). It was usable when it was checked. If files have changed, check "
-        "again with --overwrite_cache true."
+        f"{name}, row 2 (line 3): the image {media}/gone.png does not exist: check the path and --image_root, the "
+        "folder or zip file that relative paths start from. It was usable when it was checked. If files have changed, "
+        "check again with --overwrite_cache true."
     )
     (tmp_path / "run").rename(tmp_path / "failed")
     run("run", "--overwrite_cache", "true")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,12 +132,12 @@ def refuse_special_tokens(messages: Sequence[dict[str, Any]], processor: Process
     Raises:
         UserError: naming the token and, if one message contains it, the message.
     """
-    tokenizer = processor.tokenizer
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
-    def special_tokens(messages: list[dict[str, Any]]) -> list[int]:
-        ids = tokenizer(processor.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-        return [id for id in ids if id in special]
+    def special_tokens(messages: Sequence[dict[str, Any]]) -> list[str]:
+        # Tokenizers look for special tokens first, and verbatim.
+        return special.findall(processor.apply_chat_template(messages, tokenize=False))
 
     # The same messages with harmless texts.
     blank = [
@@ -146,16 +147,14 @@ def refuse_special_tokens(messages: Sequence[dict[str, Any]], processor: Process
         }
         for message in messages
     ]
-    found, expected = special_tokens(list(messages)), special_tokens(blank)
-    if found == expected:
-        return
-    extra = next((id for id in found if found.count(id) > expected.count(id)), found[0] if found else None)
-    token = tokenizer.convert_ids_to_tokens(extra)
-    index = next((index for index, message in enumerate(messages) if token in message_text(message)), None)
-    raise UserError(
-        f"the text{'s together' if index is None else f' of message {index}'} contain{'' if index is None else 's'} "
-        f"{token}, which the chat format reserves. Remove it, or write it differently."
-    )
+    found, expected = special_tokens(messages), special_tokens(blank)
+    if found != expected:
+        token = next((token for token in found if found.count(token) > expected.count(token)), "a special token")
+        index = next((index for index, message in enumerate(messages) if token in message_text(message)), None)
+        raise UserError(
+            f"the text of {'several messages together' if index is None else f'message {index}'} contains {token}, "
+            "which the chat format reserves. Remove it, or write it differently."
+        )
 
 
 def content_digest(conversation: Conversation) -> str:

@@ -12,18 +12,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo, Features, GeneratorBasedBuilder, IterableDataset, SplitGenerator, Value
+import pyarrow as pa
+from datasets import ArrowBasedBuilder, Dataset, DatasetInfo, Features, IterableDataset, SplitGenerator, Value
 from datasets.fingerprint import Hasher
 
 from pvm.errors import UserError
 
 
 JSON_ROW = Features({"file": Value("string"), "line": Value("int64"), "json": Value("binary")})
+BATCH_ROWS = 100  # that are read at once; with images in data: URIs, they may be large
 FIRST_ROWS = 100  # rows that determine which columns a file has
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
-class JsonRows(GeneratorBasedBuilder):
+class JsonRows(ArrowBasedBuilder):
     """JSON Lines, a list, or consecutive objects, as a data set of `JSON_ROW`s."""
 
     def _info(self) -> DatasetInfo:
@@ -34,10 +36,13 @@ class JsonRows(GeneratorBasedBuilder):
             SplitGenerator(split, gen_kwargs={"files": list(files)}) for split, files in self.config.data_files.items()
         ]
 
-    def _generate_examples(self, files: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_tables(self, files: list[str]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
         for number, file in enumerate(files):
-            for index, (line, text) in enumerate(json_texts(file)):
-                yield f"{number},{index}", {"file": file, "line": line, "json": text}
+            rows = json_texts(file)
+            while batch := list(islice(rows, BATCH_ROWS)):
+                lines, texts = zip(*batch)
+                columns = {"file": [file] * len(batch), "line": lines, "json": texts}
+                yield (number, lines[0]), pa.table(columns, schema=JSON_ROW.arrow_schema)
 
 
 def load_json(data_files: str | dict[str, list[str]], split: str, streaming: bool) -> Dataset | IterableDataset:

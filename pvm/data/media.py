@@ -186,15 +186,18 @@ def _source(file: dict[str, Any], kind: str) -> str | BytesIO:
     path = file["path"]
     if file["bytes"] is not None:
         return BytesIO(file["bytes"])
-    try:
-        if "://" in path:
+    if "://" in path:
+        try:
             return DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(path)
+        except Exception as error:  # of connections, servers, and the offline mode of `datasets`
+            raise UserError(f"the {kind} {path[:SHOWN]} cannot be fetched: {str(error)[:SHOWN]}") from error
+    try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         raise _missing(path, kind) from error
     except NotADirectoryError:
         return _zipped(path, kind)
-    except Exception as error:  # a connection that failed, a name that is too long or holds a null byte
+    except (OSError, ValueError) as error:  # a name that is too long or holds a null byte, no permission
         raise UserError(f"the {kind} {path[:SHOWN]!r} cannot be read: {str(error)[:SHOWN]}") from error
     if not stat.S_ISREG(mode):  # a pipe would be waited for without end
         raise UserError(f"the {kind} {path} is not a file, but a folder, pipe or device.")
@@ -220,10 +223,11 @@ def _archive(path: str, process: int) -> ZipFile:
 
 def _missing(path: str, kind: str) -> UserError:
     folder = next(parent for parent in Path(path).parents if parent.exists())
-    remedy = "check the path, and the folder that relative paths start from (--image_root)"
-    if archives := _archives(folder):
-        remedy = f"extract {archives[0]}, or read it as it is with --image_root {archives[0]}"
-    return UserError(f"the {kind} {path[:SHOWN]} does not exist: {remedy}.")
+    example = f", such as {archives[0]}" if (archives := _archives(folder)) else ""
+    return UserError(
+        f"the {kind} {path[:SHOWN]} does not exist: check the path and --image_root, the folder or zip file that "
+        f"relative paths start from{example}."
+    )
 
 
 @lru_cache(maxsize=8)
