@@ -36,7 +36,8 @@ try:
     from .cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, pack, set_visual_memory
     from .configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
     from .eviction_qwen3vl_pvm import CachedTokens, check_image_kv_cache, evict_images, warn_without_image_dropout
-    from .rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
+    from .generation_qwen3vl_pvm import PVMGenerationMixin
+    from .rope_qwen3vl_pvm import CachedRopeMixin, rope_deltas
     from .variants_qwen3vl_pvm import BLOCKS
 except ImportError:  # in a checkout, where this file is a top-level module
     from adapter_qwen3vl_pvm import AdapterMixin
@@ -44,7 +45,8 @@ except ImportError:  # in a checkout, where this file is a top-level module
     from cache_qwen3vl_pvm import NO_POSITION, VisualMemory, get_visual_memory, pack, set_visual_memory
     from configuration_qwen3vl_pvm import Qwen3VLPVMConfig, Qwen3VLPVMTextConfig
     from eviction_qwen3vl_pvm import CachedTokens, check_image_kv_cache, evict_images, warn_without_image_dropout
-    from rope_qwen3vl_pvm import CachedRopeGenerationMixin, CachedRopeMixin, rope_deltas
+    from generation_qwen3vl_pvm import PVMGenerationMixin
+    from rope_qwen3vl_pvm import CachedRopeMixin, rope_deltas
     from variants_qwen3vl_pvm import BLOCKS
 
 
@@ -318,9 +320,12 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
     @functools.wraps(Qwen3VLModel.forward)  # the Trainer reads the signature
     def forward(self, *args, **kwargs) -> tuple | BaseModelOutputWithPast:
         given = {name for name, value in kwargs.items() if value is not None}
+        input_ids = args[0] if args else kwargs.get("input_ids")
         # An empty dict of encoder outputs means no images: generate() of transformers 5.23 passes it.
         has_images = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
         has_grids = given & {"image_grid_thw", "video_grid_thw"}
+        if has_grids and get_visual_memory(kwargs.get("past_key_values")) is not None:  # grids of all images so far?
+            has_grids = bool(self.token_types(input_ids, kwargs.get("inputs_embeds")).any())
         has_places = has_grids or ("mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any())
         if not has_images and ("inputs_embeds" in given or (has_grids and "position_ids" not in given)) and has_places:
             raise ValueError(
@@ -331,14 +336,13 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
             )
         if has_images and "position_ids" not in given:
             # Found now, because merging images into embeddings hides the placeholders.
-            input_ids = args[0] if args else kwargs.get("input_ids")
             kwargs["mm_token_type_ids"] = self.token_types(input_ids, kwargs.get("inputs_embeds"))
             self.check_grids(kwargs["mm_token_type_ids"], kwargs.get("image_grid_thw"), kwargs.get("video_grid_thw"))
         return super().forward(*args, **kwargs)
 
 
 class Qwen3VLPVMForConditionalGeneration(
-    CachedRopeGenerationMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin
+    PVMGenerationMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLForConditionalGeneration, GenerationMixin
 ):
     """Qwen3-VL with Persistent Visual Memory and its language modelling head."""
 
@@ -358,29 +362,6 @@ class Qwen3VLPVMForConditionalGeneration(
                 "`model.model(..., output_pvm_attentions=True).pvm_attentions` (needs transformers newer than 5.16)."
             )
         return super().forward(*args, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        *,
-        inputs_embeds=None,
-        use_pvm: bool | Collection[int] = True,
-        image_kv_cache: str = "keep",
-        **kwargs,
-    ):
-        """As the stock model; `generate()` accepts only arguments that are named here."""
-        kwargs |= {"inputs_embeds": inputs_embeds, "use_pvm": use_pvm, "image_kv_cache": image_kv_cache}
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.prefill_chunk_size is None or model_kwargs.get("image_kv_cache") != "evict":
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        # Later chunks of the prompt see images of earlier ones.
-        attention_mask = model_kwargs["attention_mask"]
-        model_kwargs = {**model_kwargs, "image_kv_cache": "keep"}
-        output = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        evict_images(output.past_key_values, attention_mask)
-        return output
 
 
 __all__ = [

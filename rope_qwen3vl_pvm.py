@@ -6,7 +6,6 @@ module, and cannot place a new image behind a cache. Here the offset comes from 
 """
 
 import torch
-from transformers.generation import GenerationMixin
 
 
 try:
@@ -100,10 +99,12 @@ class CachedRopeMixin:
             rope_delta = memory.next_rope_delta.to(tokens.device)
             # A cache that was repeated for beams before generate() repeats the tokens: neighbours share their images.
             rope_delta = rope_delta[:: len(rope_delta) // batch_size]
-        if not has_grids:
+        types = None
+        if has_grids:
+            types = mm_token_type_ids if input_ids is None else self.token_types(input_ids, None)
+        if not has_grids or (memory is not None and not types.any()):  # then they describe what is remembered
             return (count_tokens(attention_mask, past_length, tokens) + rope_delta).expand(3, batch_size, -1)
 
-        types = mm_token_type_ids if input_ids is None else self.token_types(input_ids, None)
         self.check_grids(types, image_grid_thw, video_grid_thw)
         mask, past_tokens = None, past_length
         if attention_mask is not None:
@@ -112,33 +113,3 @@ class CachedRopeMixin:
             mask = mask | ~mask.any(dim=1, keepdim=True)  # the stock method needs at least one token in every row
         position_ids, _ = self.get_rope_index(types, types, image_grid_thw, video_grid_thw, mask)
         return position_ids + past_tokens + rope_delta
-
-
-class CachedRopeGenerationMixin:
-    """Rotary positions for `Qwen3VLPVMForConditionalGeneration.generate`."""
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """Overrides the stock method: token counts and rotary positions, `[4, batch, past + new]`."""
-        # Not the stock Qwen3-VL method, whose positions come from its module.
-        counts = GenerationMixin._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
-        cache = model_kwargs.get("past_key_values")
-        past_length = 0 if cache is None else int(cache.get_seq_length())
-        new_length = counts.shape[1] - past_length
-        if new_length < 1:
-            raise ValueError(
-                f"The cache holds {past_length} tokens, and `attention_mask` covers only {counts.shape[1]}. To "
-                "continue a cache, pass all tokens, or the new ones with the `attention_mask` of all."
-            )
-        new_tokens = inputs_tensor[:, -new_length:]
-        input_ids, inputs_embeds = (new_tokens, None) if new_tokens.ndim == 2 else (None, new_tokens)
-        named = ("image_grid_thw", "video_grid_thw", "attention_mask", "past_key_values")
-        new_positions = self.model.compute_3d_position_ids(
-            input_ids,
-            inputs_embeds,
-            **{name: model_kwargs.get(name) for name in named},
-            mm_token_type_ids=self.model.token_types(input_ids, inputs_embeds),
-        )
-        position_ids = counts.expand(4, inputs_tensor.shape[0], -1).clone()
-        if new_positions is not None:
-            position_ids[1:, :, past_length:] = new_positions
-        return position_ids

@@ -93,6 +93,19 @@ def test_turns_on_one_cache(model, turns, kind, explicit):
     assert_same_logits(step_by_step, conversation.at_once(), conversation.whole["attention_mask"])
 
 
+def test_grids_of_all_turns_describe_what_is_remembered(model):
+    """As the stock model takes them: all tokens and all grids, and no pixels of images that are in the cache."""
+    conversation = Conversation(model, [[text(3), image(), text(1)]], [[video(3), text(4, 1)]], [[text(3, 2)]])
+    for _ in range(2):
+        conversation.next_turn()
+    batch = {name: value for name, value in conversation.whole.items() if not name.startswith("pixel")}
+    new = {**batch, "input_ids": batch["input_ids"][:, conversation.length :], "mm_token_type_ids": None}
+    actual = tiny.logits(model, new, past_key_values=copy.deepcopy(conversation.cache), use_cache=True)
+    assert_same_logits(actual, conversation.at_once()[:, conversation.length :])
+    tokens = generate(model, batch, past_key_values=conversation.cache)
+    assert tokens.tolist() == generate(model, conversation.whole).tolist()
+
+
 def test_chunks_that_cut_an_image(model):
     """The decoder takes chunks of any length, down to a single token."""
     calls = []

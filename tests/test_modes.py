@@ -413,3 +413,41 @@ def test_conversations_in_threads(model):
     assert not failures
     for chat in chats:
         chat.assert_greedy()
+
+
+def test_prompt_lookup_never_proposes_placeholders(model):
+    """The prompt ends with what precedes the image, so that the candidates begin with its placeholders."""
+    batch = tiny.inputs([text(2), image(), text(3, 1), text(2), [tiny.VISION_START]])
+    proposed = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: proposed.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    mode = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": tiny.PAD_TOKEN}
+    tokens = model.generate(**batch, **mode, prompt_lookup_num_tokens=4)
+    hook.remove()
+    assert tokens.tolist() == model.generate(**batch, **mode).tolist()
+    later = torch.cat([ids.flatten() for ids in proposed[1:]])
+    assert len(proposed) > 1 and not (later == tiny.IMAGE_TOKEN).any()
+
+
+def test_continuous_batching_refuses_images(model):
+    with pytest.raises(ValueError, match="cannot pass images"):
+        model.generate_batch([text(3), [*text(2), tiny.IMAGE_TOKEN]])
+
+
+def test_export_of_a_decode_step(model):
+    class Step(torch.nn.Module):
+        def __init__(self, cache):
+            super().__init__()
+            self.model, self.cache = model, cache
+
+        def forward(self, input_ids, position_ids):
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": self.cache}
+            return self.model(**inputs, use_cache=True).logits
+
+    cache = DynamicCache(config=model.config)
+    tiny.logits(model, tiny.inputs([text(3), image(), text(4, 1)]), past_key_values=cache, use_cache=True)
+    inputs = (torch.tensor([text(1)]), torch.full((3, 1, 1), 12))
+    with torch.no_grad():
+        exported = torch.export.export(Step(copy.deepcopy(cache)), inputs, strict=True).module()
+        torch.testing.assert_close(exported(*inputs), Step(cache)(*inputs))
