@@ -52,6 +52,15 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 maybe_prefix(prefix, f"language_model.model.layers.{layer_idx}"),
             )
         self.branches_loaded = False
+        branches = [layers[layer_idx].visual_attention.attn for layer_idx in config.pvm_layers]
+        backbone, added = (
+            sum(attention.num_kv_heads * attention.head_size for attention in attentions)
+            for attentions in ([layer.self_attn.attn for layer in layers], branches)
+        )
+        logger.info_once(
+            "PVM branches in layers %s, of head size %d: %.1f %% more KV cache per token.",
+            *(str(config.pvm_layers), branches[0].head_size, 100 * added / backbone),
+        )
         if self.config.base_model_name_or_path is not None:
             # vLLM's loader reads both.
             self.allow_patterns_overrides = [ADAPTER_WEIGHTS_NAME]

@@ -2,9 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from adapter_qwen3vl_pvm import check_base
@@ -25,6 +22,11 @@ class ServedCheckpoint(VerifyAndUpdateConfig):
             OSError: if the base of an adapter checkpoint is not found.
             ValueError: if the base is another model, or the checkpoint or an option of vLLM is not supported.
         """
+        # Slow to import, and this module is imported in all processes of vLLM, whatever it serves.
+        from vllm.model_executor.model_loader import get_model_loader
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+        from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
         model_config = vllm_config.model_config
         name, config = model_config.model, model_config.hf_config
         if REFERENCE_ARCHITECTURE in config.architectures or not config.text_config.pvm_causal:
