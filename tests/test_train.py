@@ -466,6 +466,27 @@ def test_batches_without_an_image_train(base, conversations, tmp_path):
     assert len(gates) == 3 and all(gate.item() == 0 for gate in gates)
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_stream_whose_file_is_gone_ends_in_a_sentence(base, conversations, tmp_path, monkeypatch, workers):
+    data = shutil.copytree(conversations.parent, tmp_path / "data") / conversations.name
+    monkeypatch.setattr(train, "load_model", lambda arguments: (data.unlink(), load_model(arguments))[1])
+    flags = (*PVM, "--streaming", "true", "--dataloader_num_workers", workers)
+    with pytest.raises(UserError, match=f"^A stream cannot be read any further: .* No such file .*{data}'$"):
+        run(base, data, tmp_path / "run", *flags)
+
+
+def test_a_resumed_stream_has_the_same_rows(base, conversations, tmp_path):
+    data = shutil.copytree(conversations.parent, tmp_path / "data") / conversations.name
+    flags = (*PVM, "--streaming", "true", "--save_steps", "2")
+    run(base, data, tmp_path / "run", *flags)
+    resume = ("--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"))
+    resumed = run(base, conversations, tmp_path / "resumed", *flags, *resume)
+    assert losses(resumed) == losses(tmp_path / "run")
+    change_an_image(base, data)
+    with pytest.raises(UserError, match="the rows of the data differ from those of that run"):
+        run(base, data, tmp_path / "again", *flags, *resume)
+
+
 # Arguments
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Features, IterableDataset, List, Value
 
@@ -199,8 +200,11 @@ def _share(stream: IterableDataset, reader: int, readers: int, by_files: bool) -
 
 def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
     """All rows of a stream. Plain iteration in a `DataLoader` worker would split its files among the workers again."""
-    for batch in stream.iter(batch_size=1):
-        yield {key: value for key, (value,) in batch.items()}
+    try:
+        for batch in stream.iter(batch_size=1):
+            yield {key: value for key, (value,) in batch.items()}
+    except (OSError, pa.ArrowException) as error:  # a file is gone or broken, or the connection
+        raise UserError(f"A stream cannot be read any further: {' '.join(str(error).split())}") from error
 
 
 def _to_record(row: dict[str, Any], index: int, name: str, root: Path | None, allow_urls: bool) -> dict[str, Any]:
