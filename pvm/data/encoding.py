@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,9 +102,15 @@ class ConversationEncoder:
                 f"the chat template made {len(turns)} `<|im_start|>assistant` turns of {len(answers)} answers, or "
                 "dropped their text. Only the chat format of Qwen3-VL is supported."
             )
-        labelled = [turn for turn, index in zip(turns, answers) if index >= conversation.prompt_messages]
+        labelled = [(*turn, index) for turn, index in zip(turns, answers) if index >= conversation.prompt_messages]
         labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for start, end in labelled[-1:] if self.train_on == "last" else labelled:
+        for start, end, index in labelled[-1:] if self.train_on == "last" else labelled:
+            answer = message_text(conversation.messages[index])
+            if _without_spaces(answer) not in _without_spaces(self.processor.tokenizer.decode(input_ids[start:end])):
+                raise UserError(
+                    f"the chat template drops part of message {index}, as those of Thinking models drop the reasoning "
+                    "of all answers but the last. Use --train_on last, or end a row of its own with each answer."
+                )
             labels[start:end] = input_ids[start:end]
         return labels
 
@@ -171,6 +178,11 @@ def content_digest(conversation: Conversation) -> str:
     for file, kind in files:
         digest.update(read_bytes(file, kind))
     return digest.hexdigest()
+
+
+def _without_spaces(text: str) -> str:
+    """A text as the tokenizer composes it, but for white space, which chat templates may change."""
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 class ConversationDataset(torch.utils.data.Dataset):
