@@ -166,6 +166,8 @@ def test_a_thinking_template_keeps_the_reasoning_of_the_last_answer_only(thinkin
     row = {"messages": turns("What?", answers[0], "Now?", answers[1])}
     text, labelled, _ = encode(thinking, row, train_on="last")
     assert labelled == f"{answers[1]}<|im_end|>" and "assistant\nA cat.<|im_end|>" in text and "Fur" not in text
+    with pytest.raises(UserError, match="chat template drops part of message 1, .*--train_on last"):
+        encode(thinking, row, train_on="all")
     without = {"messages": turns("What?", "A cat.", "Now?", answers[1])}
     assert encode(thinking, without, train_on="all")[1] == f"A cat.<|im_end|>{answers[1]}<|im_end|>"
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import unicodedata
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
