@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -392,7 +393,9 @@ def load_rows(
         if not path.exists():
             dataset = load_dataset(name, config_name, split=split, streaming=streaming)
         else:
-            file_format, files = (FILE_FORMATS[path.suffix], str(path)) if path.is_file() else _folder_files(path)
+            file_format, files = (
+                (FILE_FORMATS[path.suffix], escape(str(path))) if path.is_file() else _folder_files(path)
+            )
             if file_format == "json":
                 dataset = load_json(files, split, streaming)
             else:
@@ -437,12 +440,12 @@ def undecoded(features: Features) -> Features:
 
 
 def _folder_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
-    """The format of the data files in a folder, and the files by split; other files in the folder are ignored."""
+    """The format of the data files in a folder, and the files by split, as patterns; other files are ignored."""
     found = {
-        (Path(parent) / file).relative_to(folder)
+        Path(parent, file).relative_to(folder)
         for parent, _, files in os.walk(folder, followlinks=True)
         for file in files
-        if Path(file).suffix in FILE_FORMATS
+        if Path(file).suffix in FILE_FORMATS and Path(parent, file).is_file()
     }
     if not found:
         raise UserError(f"{folder} contains no {', '.join(FILE_FORMATS)} file. Give the name of one file.")
@@ -456,4 +459,4 @@ def _folder_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
     formats = {FILE_FORMATS[file.suffix] for found in files.values() for file in found}
     if len(formats) != 1:
         raise UserError(f"{folder} contains both JSON and Parquet files. Give the name of one file.")
-    return formats.pop(), {split: [str(folder / file) for file in found] for split, found in files.items()}
+    return formats.pop(), {split: [escape(str(folder / file)) for file in found] for split, found in files.items()}
