@@ -64,6 +64,17 @@ FIXED = {
 class PVMTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the paper's defaults."""
 
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the checkpoints and the result; new, or empty (default `trainer_output`)."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "`last`, or a checkpoint-* folder, with the flags of its run: continue that run exactly. Base and "
+            "data may have moved, but must be the same."
+        },
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
