@@ -39,6 +39,7 @@ from pvm.evaluation.arguments import EvalArguments
 from pvm.evaluation.progress import Progress
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
+from pvm.files import locked
 from pvm.training.methods import LORA_TARGETS
 from pvm.worlds.backbone import build_backbone
 
@@ -532,15 +533,13 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path):
 def test_damaged_parts_are_named(tmp_path):
     first = Progress(tmp_path, {"a": 1})
     first.save("base", {"records": []})
-    first._lock.release()
     (tmp_path / "parts" / "base.json").write_text('{"rec')
     again = Progress(tmp_path, {"a": 1})
     with pytest.raises(UserError, match=r"base\.json is damaged"):
         again.load("base")
-    again._lock.release()
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is damaged"):
-        Progress(tmp_path, {"a": 1})._lock.release()
+        Progress(tmp_path, {"a": 1})
 
 
 def test_groups_and_texts_that_look_like_markup(base, tmp_path, capsys):
@@ -579,15 +578,15 @@ def test_files_that_are_not_part_of_a_report_are_kept(base, data, tmp_path):
     assert (tmp_path / "report.md").read_text() == "mine"
 
 
-def test_one_folder_takes_one_evaluation_at_a_time(tmp_path):
-    first = Progress(tmp_path / "unfinished", {"a": 1})
-    with pytest.raises(UserError, match="Another process is evaluating"):
-        Progress(tmp_path / "unfinished", {"a": 1})
-    first.remove()
+def test_a_folder_takes_one_evaluation_at_a_time(flags, tmp_path):
+    with locked(tmp_path / "report"), pytest.raises(UserError, match="Another process is writing into"):
+        eval_script.main([*flags, "--output_dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report").exists()
 
 
-def test_errors_are_one_sentence(tmp_path, monkeypatch):
+def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     command = ["eval.py", "--model", str(tmp_path), "--dataset_name", "x", "--output_dir", str(tmp_path / "report")]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match=r"^eval\.py: error: .* is not a checkpoint"):
+    with pytest.raises(SystemExit, match="2"):
         runpy.run_path(eval_script.__file__, run_name="__main__")
+    assert re.fullmatch(r"eval\.py: error: .* is not a checkpoint.*\n", capsys.readouterr().err)
