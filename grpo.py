@@ -35,7 +35,7 @@ from pvm.data.validation import load_training_data
 from pvm.errors import UserError, ends_in_a_sentence, user_errors
 from pvm.rl.policy import PolicyArguments, base_arguments, load_policy, policy_config, policy_settings
 from pvm.rl.prompts import PromptCheck, as_prompts, longest_prompt
-from pvm.rl.rewards import RewardFunction, check_rewards, load_rewards
+from pvm.rl.rewards import RewardFunction, check_rewards, code_of_rewards, load_rewards
 from pvm.rl.trainer import VLLM_IMAGE_TOKENS, GRPOArguments, PVMGRPOTrainer, check_ends, grpo_settings
 from pvm.terminal import Terminal
 from pvm.training.resume import base_fingerprints, check_content, find_checkpoint, run_settings
@@ -107,6 +107,7 @@ def train(
     check_content(checkpoint, content)
     dataset = load_prompts(policy_args, data_args, training_args, processor, console)
     content["the rows of the data"] = dataset.fingerprint
+    content["the files of the reward functions"] = code_of_rewards(training_args.reward_functions)
     check_content(checkpoint, content)
     prompts = as_prompts(dataset.conversations)
     check_rewards(reward_functions, training_args.reward_functions, prompts[0])

@@ -21,7 +21,13 @@ METHODS = {
     "pvm+lora": "PVM branches and LoRA adapters of the language model, trained together",
     "lora": "A control for PVM: LoRA adapters of the language model",
     "full": "A control for PVM: full fine-tuning of the model",
+    # Of the second stage, see pvm.rl.policy.
+    "branches": "PVM branches, trained in a frozen backbone and then with rewards",
+    "branches+lora": "PVM branches, then trained with rewards together with LoRA adapters of the language model",
+    "language_model+branches": "PVM branches, then trained with rewards together with the language model",
+    "language_model": "A control for PVM: the language model, trained with rewards",
 }
+STAGES = {"sft": "supervised fine-tuning", "grpo": "GRPO"}
 
 
 @dataclass
@@ -77,7 +83,7 @@ def write_card(folder: Path, name: str, results: Sequence[Results] = (), licence
         record=record,
         facts=_facts(text, record, base, revision),
         gates=read_gates(folder),
-        training=_training(record),
+        stages=_stages(record),
         results="\n\n".join(result.markdown for result in results),
     ).save(folder / CARD)
 
@@ -97,9 +103,16 @@ def _facts(text: dict[str, Any], record: dict[str, Any], base: str | None, revis
     return facts
 
 
-def _training(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _stages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a training, the first one first."""
     if not record:
         return []
+    # Records of release 0.1.0 name no stage.
+    name = STAGES[record.get("stage", "sft")]
+    return [*_stages(record.get("previous") or {}), {"name": name, "training": _training(record)}]
+
+
+def _training(record: dict[str, Any]) -> list[tuple[str, str]]:
     data = [
         d["name"] + ("" if d["on_hub"] else " (a local file)") + (f", weight {d['weight']:g}" if d["weight"] else "")
         for d in record["datasets"]
@@ -109,9 +122,11 @@ def _training(record: dict[str, Any]) -> list[tuple[str, str]]:
         for key, value in record["arguments"].items()
         if value not in (None, False)
     ]
+    reward = record.get("last_reward")
     return [
         ("data", "; ".join(data) or "not recorded"),
         ("steps", f"{record['step']:,} of {record['steps']:,}, {record['epochs']} epochs"),
+        *([("last logged reward", f"{reward:.4g}")] if reward is not None else []),
         ("last logged loss", "none" if record["last_loss"] is None else f"{record['last_loss']:.4g}"),
         ("recipe", "; ".join(recipe)),
         ("hardware", record["hardware"]),

@@ -80,9 +80,10 @@ def training_record(
     if isinstance(model.config, Qwen3VLPVMConfig):  # training may have started from another PVM checkpoint
         base, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     on_hub = base is not None and public_name(base)["on_hub"]
+    stage = settings.get("stage", "sft")
     rewards = [entry["reward"] for entry in state.log_history if "reward" in entry]
     return {
-        "stage": settings.get("stage", "sft"),
+        "stage": stage,
         "previous": settings.get("previous"),
         "method": settings["method"],
         "base_model": base if on_hub else None,
@@ -97,7 +98,7 @@ def training_record(
         "all_parameters": total.total,
         "arguments": {key: settings[key] for key in RECIPE if key in settings},
         "hardware": f"{settings.get('num_processes', 1)} x {device}",
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in (*PACKAGES, *(["trl"] if stage == "grpo" else []))},
     }
 
 

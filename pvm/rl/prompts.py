@@ -13,7 +13,7 @@ from pvm.data.forms import Conversation, message_text
 from pvm.data.sources import Mixture
 from pvm.errors import UserError
 from pvm.evaluation import matching
-from pvm.evaluation.matching import MATCHES
+from pvm.evaluation.matching import check_reference
 
 
 def longest_prompt(config: PreTrainedConfig, max_length: int | None, completion: int, window: int | None) -> int:
@@ -61,7 +61,7 @@ class PromptCheck:
         """
         if conversation.videos:
             raise UserError("it has a video, and GRPO reads images only.")
-        MATCHES[self.match]("", message_text(conversation.messages[-1]))
+        check_reference(self.match, message_text(conversation.messages[-1]))
         if self.image_tokens is not None and "image_grid_thw" in example:
             largest = int(example["image_grid_thw"].prod(dim=1).max()) // self.merge_size**2
             if largest > self.image_tokens:

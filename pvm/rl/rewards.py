@@ -10,6 +10,7 @@ A function of one's own, in any Python file:
 is named as `--reward_functions accuracy_reward my_rewards.py:brevity --reward_weights 0.9 0.1`.
 """
 
+import hashlib
 import importlib.util
 import math
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pvm.errors import UserError
-from pvm.evaluation.matching import MATCHES
+from pvm.evaluation.matching import Verdict, judge
 
 
 # Exactly one thought and then one answer; what surrounds them is blank.
@@ -35,7 +36,7 @@ def accuracy_function(match: str) -> RewardFunction:
     def accuracy_reward(completions: Sequence[list[dict]], answer: Sequence[str], **kwargs) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
         stated = [(ANSWER.findall(text) or [text])[-1] for text in texts]
-        return [float(MATCHES[match](text, reference)) for text, reference in zip(stated, answer)]
+        return [float(judge(match, text, reference) is Verdict.CORRECT) for text, reference in zip(stated, answer)]
 
     return accuracy_reward
 
@@ -70,6 +71,12 @@ def _load(name: str) -> RewardFunction:
     if not callable(vars(module).get(function)):
         raise UserError(f"--reward_functions {name}: {path} has no function {function!r}.")
     return vars(module)[function]
+
+
+def code_of_rewards(names: Sequence[str]) -> str:
+    """A hash of the files of reward functions."""
+    files = [Path(name.rpartition(":")[0]) for name in names if ":" in name]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def check_rewards(functions: Sequence[RewardFunction], names: Sequence[str], row: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -218,8 +219,9 @@ class PVMGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
 def grpo_settings(arguments: GRPOArguments) -> dict[str, Any]:
     """What [`pvm.training.resume.run_settings`] does not know of a second stage."""
     names = ("num_generations", "max_completion_length", "temperature", "loss_type", "mask_truncated_completions")
-    names += ("reward_functions", "reward_weights", "match", "scale_rewards", "epsilon", "use_vllm")
-    return {"stage": "grpo", **{name: getattr(arguments, name) for name in names}}
+    names += ("reward_weights", "match", "scale_rewards", "epsilon", "use_vllm")
+    functions = [Path(name).name for name in arguments.reward_functions]
+    return {"stage": "grpo", "reward_functions": functions, **{name: getattr(arguments, name) for name in names}}
 
 
 def check_ends(generation_ends: int | Sequence[int] | None, tokenizer) -> None:
