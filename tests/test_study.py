@@ -1,6 +1,9 @@
 """Studies: trainings and evaluations are stubs, but for one test that trains and evaluates."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from pvm.arguments import parse_arguments
 from pvm.data.sources import DataArguments
 from pvm.errors import UserError
 from pvm.evaluation.arguments import EvalArguments
+from pvm.files import locked
 from pvm.study import Run, Study, as_flags, run_script
 from pvm.training.methods import ModelArguments
 from pvm.training.trainer import PVMTrainingArguments
@@ -117,6 +121,25 @@ def test_a_failed_training_is_named(tmp_path):
 
     with pytest.raises(UserError, match=r"seed_0 failed, see .*\.log: train\.py: error: no rows"):
         study_module.main(["--config", str(recipe(tmp_path))], fail)
+
+
+def test_after_ctrl_c_no_training_begins(tmp_path):
+    calls = []
+
+    def interrupted(script: str, flags: list[str], log: Path | None = None) -> int:
+        calls.append(script)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return 1
+
+    with pytest.raises(KeyboardInterrupt):
+        study_module.main(["--config", str(recipe(tmp_path))], interrupted)
+    assert calls == ["train.py"]
+
+
+def test_a_folder_takes_one_study_at_a_time(tmp_path):
+    with locked(tmp_path / "study"), pytest.raises(UserError, match="Another process is writing into"):
+        study_module.main(["--config", str(recipe(tmp_path))], Scripts())
 
 
 def test_the_status_of_eval_is_passed_on(tmp_path):

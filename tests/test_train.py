@@ -21,7 +21,7 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.arguments import parse_arguments
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.sources import DataArguments
-from pvm.errors import UserError
+from pvm.errors import UserError, ends_in_a_sentence
 from pvm.training.methods import ModelArguments, load_model
 from pvm.training.saving import MASTER_WEIGHTS
 from pvm.training.trainer import PVMTrainer, PVMTrainingArguments
@@ -450,6 +450,39 @@ def test_flags_are_not_abbreviated(capsys):
 def test_last_needs_a_checkpoint(base, conversations, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         run(base, conversations, tmp_path / "new", *PVM, "--resume_from_checkpoint", "last")
+
+
+def ctrl_c_while_workers_answer() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise TimeoutError
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "sentence"),
+    [
+        (lambda: fail(UserError("No such flag.")), 2, "train.py: error: No such flag.\n"),
+        (lambda: fail(OSError(28, "No space left on device")), 1, "train.py: error: [Errno 28] No space left on device\n"),
+        (lambda: fail(KeyboardInterrupt()), 130, "train.py: interrupted.\n"),
+        (ctrl_c_while_workers_answer, 130, "train.py: interrupted.\n"),
+    ],
+)
+def test_commands_end_in_a_sentence(capsys, main, status, sentence):
+    with pytest.raises(SystemExit) as ended, ends_in_a_sentence("train.py"):
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (status, sentence)
+
+
+def test_a_locale_that_is_not_utf8_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(SystemExit, match="2"), ends_in_a_sentence("train.py"):
+        raise AssertionError
+    assert "Set the environment variable PYTHONUTF8=1" in capsys.readouterr().err
 
 
 # Data: see also test_data.py
