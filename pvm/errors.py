@@ -40,7 +40,15 @@ def user_errors(subject: str) -> Iterator[None]:
     except UserError:
         raise
     except REFUSALS as error:
-        raise UserError(f"{subject}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{subject}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line, without huggingface_hub's "Class validation error for validator ..."."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    says = " ".join(str(error).split())
+    return says if isinstance(error, (*REFUSALS, OSError)) and says else f"{type(error).__name__} {says}".rstrip()
 
 
 @contextmanager
@@ -65,7 +73,7 @@ def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Itera
     except UserError as error:
         status, sentence = 2, f"error: {error}"
     except StrictDataclassError as error:
-        status, sentence = 1, f"error: {error.__cause__ or error}"  # not "Class validation error for validator ..."
+        status, sentence = 1, f"error: {reason(error)}"
     except (SafetensorError, OSError) as error:
         status, sentence = 1, f"error: {error}"
     except BaseException as error:

@@ -1,20 +1,24 @@
 """
 Writes a checkpoint of each kind as this release does, with the logits that it gives: later releases must load them.
+Also writes the hashes of its code into pvm/checkpoints/releases.json, by which `python -m pvm inspect` knows it.
 
     PYTHONPATH=.:tests python tests/release_fixture.py tests/release_0.1.0
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
-import pvm  # noqa: F401
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+import pvm  # noqa: F401
+import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.checkpoints.code import RELEASES
 from pvm.training.methods import LORA_TARGETS
 from pvm.training.trainer import PVMTrainer, PVMTrainingArguments
 
@@ -28,6 +32,11 @@ def save_run(model, method: str, folder: Path) -> None:
     trainer = PVMTrainer(model, arguments, settings={"method": method})
     trainer.state.global_step = trainer.state.max_steps = 10
     trainer.save_model()
+
+
+def code_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each code file of a checkpoint."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.py"))}
 
 
 def main(folder: Path) -> None:
@@ -60,6 +69,8 @@ def main(folder: Path) -> None:
         )
     }
     save_file({**BATCH, **logits}, folder / "expected.safetensors")
+    known = json.loads(RELEASES.read_text()) | {folder.name.removeprefix("release_"): code_hashes(folder / "whole")}
+    RELEASES.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

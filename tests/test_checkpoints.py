@@ -25,6 +25,10 @@ from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME, MAX_GATE
 from cache_qwen3vl_pvm import get_visual_memory
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.checkpoints.inspect import inspect
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.checkpoints.names import checkpoint_kind
+from pvm.errors import UserError
 from tiny import BATCHES, inputs, logits
 from training import ROOT
 
@@ -439,3 +443,72 @@ def test_the_hub_files_import_nothing_else_and_do_nothing(file):
 def test_a_checkpoint_has_the_code_that_wrote_it(adapter):
     for file in HUB_FILES:
         assert (adapter / file).read_text() == (ROOT / file).read_text()
+
+
+# What the commands refuse before they load anything
+
+
+def test_a_folder_of_two_checkpoints_is_refused(trained, adapter, tmp_path):
+    """Which one would be loaded depends on the class."""
+    lora = get_peft_model(tiny.build_stock(), LoraConfig(target_modules=["q_proj"]))
+    shutil.copytree(adapter, tmp_path / "peft")
+    lora.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match="holds a PVM checkpoint and a PEFT adapter"):
+        load_checkpoint(str(tmp_path / "peft"))
+    trained.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", adapter)
+    with pytest.raises(UserError, match="holds the weights of two checkpoints"):
+        load_checkpoint(str(adapter))
+
+
+class Marker:
+    """Leaves a file where a pickle of it is read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("kind", ["stock", "pvm", "peft"])
+def test_no_command_reads_a_pickle(trained, base, tmp_path, kind):
+    if kind == "peft":
+        model = get_peft_model(
+            Qwen3VLForConditionalGeneration.from_pretrained(base), LoraConfig(target_modules=["q_proj"])
+        )
+        model.peft_config["default"].base_model_name_or_path = str(base)
+    else:
+        model = trained if kind == "pvm" else tiny.build_stock()
+    model.save_pretrained(tmp_path / "folder")
+    (weights,) = (tmp_path / "folder").glob("*model.safetensors")
+    weights.unlink()
+    pickle = weights.with_name("adapter_model.bin" if kind == "peft" else "pytorch_model.bin")
+    torch.save({"x": Marker(tmp_path / "read")}, pickle)
+    with pytest.raises(UserError, match=f"could not be loaded.*{pickle.name} is a pickle, which is never read"):
+        load_checkpoint(str(tmp_path / "folder"))
+    assert not (tmp_path / "read").exists()
+
+
+@pytest.mark.parametrize("name", ["/gone/folder", "./gone", "tests/gone", "runs/gone/checkpoint-20", "../gone/x"])
+def test_a_folder_that_is_not_there_is_not_called_a_hub_name(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for fail in (checkpoint_kind, inspect):
+        with pytest.raises(UserError, match=f"^There is no folder {name}, and it is not a name on the Hub.$"):
+            fail(name)
+    with pytest.raises(UserError, match="^org/gone is not a folder, and could not be loaded from the Hub"):
+        checkpoint_kind("org/gone")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_damaged_weights_and_configs_end_in_a_sentence(trained, tmp_path, whole):
+    trained.save_pretrained(tmp_path, adapter_only=not whole)
+    file = tmp_path / ("model.safetensors" if whole else ADAPTER_WEIGHTS_NAME)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="could not be loaded.* is damaged"):
+        load_checkpoint(str(tmp_path))
+    edit_config(tmp_path, peft_adapter="../outside")
+    with pytest.raises(
+        UserError, match="config.json does not describe a PVM model: `peft_adapter=../outside` must be"
+    ):
+        load_checkpoint(str(tmp_path))

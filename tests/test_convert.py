@@ -81,6 +81,15 @@ def test_another_base_makes_no_adapter(adapter, tmp_path):
         )
 
 
+def test_the_base_of_an_adapter_is_a_stock_model(adapter, stock, tmp_path):
+    load(adapter).save_pretrained(tmp_path / "whole")
+    for base in ("whole", "adapter"):
+        flags = ("--to", "adapter", "--base", str(tmp_path / base))
+        with pytest.raises(UserError, match="is of the kind pvm, and the base of an adapter must be a stock model"):
+            convert.main([str(tmp_path / "whole"), str(tmp_path / "back"), *flags])
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora_is_merged(tmp_path, dtype):
     """In float32, and rounded once."""

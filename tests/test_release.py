@@ -1,5 +1,6 @@
 """Checkpoints that earlier releases wrote are loaded, by this release's code and by the code that they bring along."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 
 import tiny
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.checkpoints import code
 from pvm.checkpoints.inspect import inspect
+from release_fixture import code_hashes
 
 
 RELEASES = sorted(Path(__file__).parent.glob("release_*/"))
@@ -36,6 +39,16 @@ def test_is_loaded(release, kind):
     torch.testing.assert_close(tiny.logits(model, batch), logits[kind], atol=1e-5, rtol=0)
     found = inspect(str(release / kind))
     assert found.layers == [1, 2] and list(found.gates.values()) == [0.5, 0.5] and not found.problems
+
+
+def test_inspect_knows_the_code_of_every_release():
+    known = json.loads(code.RELEASES.read_text())
+    assert known == {release.name.removeprefix("release_"): code_hashes(release / "whole") for release in RELEASES}
+    for release in RELEASES:
+        for kind in KINDS:
+            found = inspect(str(release / kind))
+            assert set(found.code) == {file.name for file in (release / kind).glob("*.py")}
+            assert set(found.code.values()) == {f"release {release.name.removeprefix('release_')}"}
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)

@@ -19,17 +19,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from adapter_qwen3vl_pvm import safetensors_files
-from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
+from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints.card import write_card
-from pvm.checkpoints.loading import load_processor, load_weights
-from pvm.checkpoints.names import branch_block, checkpoint_kind
+from pvm.checkpoints.loading import add_peft_adapter, load_processor, load_weights
+from pvm.checkpoints.names import branch_block, checkpoint_kind, pvm_config
 from pvm.checkpoints.record import RECORD
 from pvm.errors import UserError
 from pvm.files import LOCK, locked
@@ -43,12 +42,12 @@ def load_merged(name: str, revision: str) -> Qwen3VLPVMForConditionalGeneration:
     Raises:
         UserError: if it cannot be loaded.
     """
-    config = Qwen3VLPVMConfig.from_pretrained(name, revision=revision)
+    config = pvm_config(name, revision)
     lora, config.peft_adapter = config.peft_adapter, None
     dtype = "float32" if lora else "auto"
     model = load_weights(Qwen3VLPVMForConditionalGeneration, name, config=config, revision=revision, dtype=dtype)
     if lora:
-        model = PeftModel.from_pretrained(model, name, subfolder=lora, revision=revision).merge_and_unload()
+        model = add_peft_adapter(model, name, revision, lora).merge_and_unload()
         model = model.to(config.dtype)
     return model
 
@@ -59,6 +58,10 @@ def check_backbone(model: Qwen3VLPVMForConditionalGeneration, base: str, revisio
         UserError: if a weight outside of the branches is not the base's, because an adapter checkpoint has no place
             for it.
     """
+    if (kind := checkpoint_kind(base, revision or "main")) != "stock":
+        raise UserError(
+            f"{base} is of the kind {kind}, and the base of an adapter must be a stock model. Give --base."
+        )
     ours = {name: weight for name, weight in model.state_dict().items() if ".pvm_block." not in name}
     if model.config.tie_word_embeddings:
         del ours["lm_head.weight"]

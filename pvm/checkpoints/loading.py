@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -16,11 +18,27 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
+from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
-from pvm.checkpoints.names import base_of, branch_block, checkpoint_kind, commit_of
-from pvm.errors import UserError
+from pvm.checkpoints.names import (
+    MISSING_IS_NONE,
+    base_of,
+    branch_block,
+    checkpoint_kind,
+    commit_of,
+    pvm_config,
+    weight_pickles,
+)
+from pvm.errors import UserError, reason
 
 
 @dataclass
@@ -90,7 +108,8 @@ def load_checkpoint(path: str, dtype: str = "auto", revision: str = "main") -> C
 
     device_map = "auto" if torch.cuda.is_available() else None
     model_class = Qwen3VLPVMForConditionalGeneration if kind == "pvm" else AutoModelForImageTextToText
-    model = load_weights(model_class, path, revision=revision, dtype=dtype, device_map=device_map)
+    config = {"config": pvm_config(path, revision)} if kind == "pvm" else {}
+    model = load_weights(model_class, path, revision=revision, dtype=dtype, device_map=device_map, **config)
     processor = load_processor(path, revision)
     _make_greedy(model, processor.tokenizer)
     training, base = {}, None
@@ -120,10 +139,19 @@ def load_weights(model_class: type[PreTrainedModel], name: str, **kwargs) -> Pre
     `model_class.from_pretrained`, which leaves no weight random but those of new branches.
 
     Raises:
-        UserError: if weights are missing or do not fit the config, or the class refuses them.
+        UserError: if weights are missing, damaged or pickles, do not fit the config, or the class refuses them; if a
+            folder holds those of two checkpoints.
     """
+    adapter, *whole = (Path(name, file) for file in (ADAPTER_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if adapter.is_file() and any(file.is_file() for file in whole):
+        raise UserError(
+            f"{name} holds the weights of two checkpoints, {adapter.name} (branches on a base) and those of a whole "
+            "model. Move away what does not belong to its config.json."
+        )
     try:
-        model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = model_class.from_pretrained(name, output_loading_info=True, use_safetensors=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{name} could not be loaded: {reason(error)}{_about_pickles(name)}") from error
     except (ImportError, ValueError) as error:  # PVM's classes say in a sentence why they refuse a checkpoint
         raise UserError(str(error)) from error
     except RuntimeError as error:
@@ -153,13 +181,7 @@ def _load_peft_adapter(path: str, dtype: str, revision: str) -> Checkpoint:
         base = load_checkpoint(base_path, dtype, base_revision)
     except (UserError, OSError) as error:
         raise UserError(f"{path} is a PEFT adapter for {base_path}, which could not be loaded: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            # peft only warns, and the model would answer like its base.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base.model, path, revision=revision)
-    except UserWarning as error:
-        raise UserError(f"{path} lacks weights. Get the complete PEFT adapter again.") from error
+    model = add_peft_adapter(base.model, path, revision)
     description = replace(
         base.description,
         path=path,
@@ -174,6 +196,32 @@ def _load_peft_adapter(path: str, dtype: str, revision: str) -> Checkpoint:
         # A merged adapter costs nothing at run time. In a smaller dtype merging would round its effect away.
         model = model.merge_and_unload()
     return Checkpoint(model.eval(), processor_of(path, revision), description)
+
+
+def add_peft_adapter(model: PreTrainedModel, name: str, revision: str, subfolder: str | None = None) -> PeftModel:
+    """
+    A model with a PEFT adapter from a folder or Hub name.
+
+    Raises:
+        UserError: if the adapter's weights are missing, damaged or pickles.
+    """
+    try:
+        cached_file(name, PEFT_WEIGHTS_NAME, revision=revision, subfolder=subfolder or "")  # peft would read pickles
+        with warnings.catch_warnings():
+            # peft only warns, and the model would answer like its base.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, name, revision=revision, subfolder=subfolder)
+    except UserWarning as error:
+        raise UserError(f"{name} lacks weights. Get the complete PEFT adapter again.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The PEFT adapter {name} could not be loaded: {reason(error)}{_about_pickles(name)}"
+        ) from error
+
+
+def _about_pickles(name: str) -> str:
+    pickles = weight_pickles(file.name for file in Path(name).iterdir()) if Path(name).is_dir() else []
+    return f" {pickles[0]} is a pickle, which is never read: save it as safetensors." if pickles else ""
 
 
 def merge_lora(model: torch.nn.Module) -> None:
@@ -201,6 +249,10 @@ def load_processor(path: str, revision: str = "main") -> ProcessorMixin:
     logging.set_verbosity_error()
     try:
         return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise UserError(
+            f"{path} has no processor, or a damaged one: copy its base's files. ({reason(error)})"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -208,8 +260,8 @@ def load_processor(path: str, revision: str = "main") -> ProcessorMixin:
 def processor_of(path: str, revision: str = "main") -> ProcessorMixin:
     """The processor of a checkpoint of any kind: a PEFT adapter saved without one uses its base's."""
     if checkpoint_kind(path, revision) == "peft":
-        missing_is_none = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        if not any(cached_file(path, name, **missing_is_none) for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+        names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+        if not any(cached_file(path, name, revision=revision, **MISSING_IS_NONE) for name in names):
             return processor_of(*base_of(path, revision))
     return load_processor(path, revision)
 

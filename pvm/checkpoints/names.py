@@ -1,20 +1,24 @@
 """What a checkpoint is, from its name and its config files; no weights are read."""
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
-from pvm.errors import UserError
+from pvm.errors import UserError, reason
 from variants_qwen3vl_pvm import BLOCKS
+
+
+LARGEST_JSON = 2**24  # bytes; a config has a few thousand
+MISSING_IS_NONE = {"_raise_exceptions_for_missing_entries": False}
 
 
 def public_name(name: str) -> dict[str, Any]:
@@ -24,25 +28,92 @@ def public_name(name: str) -> dict[str, Any]:
     return {"name": name if on_hub else Path(name).name, "on_hub": on_hub}
 
 
-def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
+def not_found(name: str, error: Exception) -> UserError:
+    """Why a name could not be loaded: what looks like a path is not called a Hub name."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or name.startswith(".") or len(path.parts) != 2 or path.parent.is_dir():
+        return UserError(f"There is no folder {name}, and it is not a name on the Hub.")
+    says = str(error).strip().partition("\n")[0]
+    return UserError(f"{name} is not a folder, and could not be loaded from the Hub: {says}")
+
+
+def stored_json(name: str, file_name: str, revision: str = "main") -> dict[str, Any]:
     """
-    The config.json of a folder or Hub name.
+    A JSON file of a folder or Hub name.
+
+    Raises:
+        UserError: if there is none, or it does not hold an object.
+    """
+    try:
+        if Path(name).is_dir() and not Path(name, file_name).is_file():  # to open a named pipe would take forever
+            raise UserError(
+                f"{name} has no {file_name}, so it is not a checkpoint. Pass a folder written by train.py or "
+                "save_pretrained, or a Hub name."
+            )
+        file = cached_file(name, file_name, revision=revision)
+    except (OSError, HFValidationError) as error:
+        raise not_found(name, error) from error
+    with open(file, "rb") as stream:
+        return read_object(stream, f"{name}/{file_name}")
+
+
+def read_object(file: BinaryIO, name: str) -> dict[str, Any]:
+    """
+    The JSON object in a file.
+
+    Args:
+        name (`str`): for errors.
+
+    Raises:
+        UserError: if there is none, or the file is much larger than a config.
+    """
+    content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise UserError(f"{name} has more than {LARGEST_JSON:,} bytes, which no such file has. Get it again.")
+    return parse_object(content, name)
+
+
+def parse_object(content: bytes, name: str, deepest: int = 20) -> dict[str, Any]:
+    """
+    The JSON object in `content`.
+
+    Args:
+        name (`str`): of the file, for errors.
+        deepest (`int`): levels of objects and lists that it may have.
 
     Raises:
         UserError: if there is none.
     """
     try:
-        stored, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    except (OSError, HFValidationError) as error:
-        where = "" if Path(name).is_dir() else " is not a folder, and"
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name}{where} could not be loaded: {reason}") from error
-    if not stored:
-        raise UserError(
-            f"{name} has no config.json, so it is not a checkpoint. Pass a folder written by train.py or "
-            "save_pretrained, or a Hub name."
-        )
-    return stored
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON: {reason(error)}. Get it again.") from error
+    nested = [parsed] if isinstance(parsed, dict) else []
+    for _ in range(deepest):
+        items = (item for value in nested for item in (value.values() if isinstance(value, dict) else value))
+        nested = [item for item in items if isinstance(item, (dict, list))]
+    if not isinstance(parsed, dict) or nested:
+        raise UserError(f"{name} does not hold a JSON object, or one that is too deep. Get it again.")
+    return parsed
+
+
+def stored_config(name: str, revision: str = "main") -> dict[str, Any]:
+    """The config.json of a folder or Hub name, see [`stored_json`]."""
+    return stored_json(name, CONFIG_NAME, revision)
+
+
+def pvm_config(name: str, revision: str = "main") -> Qwen3VLPVMConfig:
+    """
+    The config of a PVM checkpoint.
+
+    Raises:
+        UserError: if its config.json does not describe one.
+    """
+    stored_config(name, revision)
+    try:
+        return Qwen3VLPVMConfig.from_pretrained(name, revision=revision)
+    except Exception as error:  # libraries raise anything for a config that is damaged
+        raise UserError(f"{name}/{CONFIG_NAME} does not describe a PVM model: {reason(error)}") from error
 
 
 def checkpoint_kind(path: str, revision: str = "main") -> str:
@@ -53,14 +124,23 @@ def checkpoint_kind(path: str, revision: str = "main") -> str:
         UserError: if it is none of these or does not exist.
     """
     try:
-        if find_adapter_config_file(path, revision=revision) is not None:
-            return "peft"
+        is_peft = find_adapter_config_file(path, revision=revision) is not None
+        has_config = not is_peft or cached_file(path, CONFIG_NAME, revision=revision, **MISSING_IS_NONE) is not None
     except OSError:
-        pass  # stored_config says what is wrong
-    stored = stored_config(path, revision)
+        is_peft, has_config = False, True  # stored_config says what is wrong
+    stored = stored_config(path, revision) if has_config else {}
     model_type, architectures = stored.get("model_type"), stored.get("architectures")
     if model_type == Qwen3VLPVMConfig.model_type or architectures == [REFERENCE_ARCHITECTURE]:
+        if is_peft:
+            raise UserError(
+                f"{path} holds a PVM checkpoint and a PEFT adapter ({PEFT_CONFIG_NAME}), which is loaded without the "
+                "branches. Move one of them away."
+            )
+        if not isinstance(stored.get("text_config"), dict):
+            raise UserError(f"{path}/{CONFIG_NAME} has no `text_config`. Get it again.")
         return "pvm"
+    if is_peft:
+        return "peft"
     if model_type != "qwen3_vl":
         raise UserError(
             f"{path} has the model type {model_type!r}. Supported are dense Qwen3-VL (`qwen3_vl`), PVM "
@@ -71,7 +151,7 @@ def checkpoint_kind(path: str, revision: str = "main") -> str:
 
 def branch_layers(path: str, revision: str = "main") -> list[int]:
     """The decoder layers with a branch; empty if the checkpoint has none."""
-    return stored_config(path, revision)["text_config"]["pvm_layers"] if branch_block(path, revision) else []
+    return list(pvm_config(path, revision).text_config.pvm_layers) if branch_block(path, revision) else []
 
 
 def branch_block(path: str, revision: str = "main") -> str | None:
@@ -84,9 +164,16 @@ def branch_block(path: str, revision: str = "main") -> str | None:
     if checkpoint_kind(path, revision) != "pvm":
         return None
     block = stored_config(path, revision)["text_config"].get("pvm_block", "pvm")  # not in configs of release 0.1.0
-    if block not in BLOCKS:
+    if not isinstance(block, str) or block not in BLOCKS:
         raise UserError(f"{path} has branches of the kind {block!r}, and this installation knows {', '.join(BLOCKS)}.")
     return block
+
+
+def weight_pickles(files: Iterable[str]) -> list[str]:
+    """The pickles among a checkpoint's files, but for those that the Trainer resumes from. They are never read."""
+    of_trainer = ("optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state")
+    pickles = (file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl")))
+    return [file for file in pickles if not file.startswith(of_trainer)]
 
 
 def describe_block(block: str) -> str:
@@ -97,12 +184,12 @@ def describe_block(block: str) -> str:
 
 def base_of(path: str, revision: str = "main") -> tuple[str, str] | None:
     """Name and revision of the base of an adapter checkpoint or PEFT adapter; `None` for a whole checkpoint."""
-    if checkpoint_kind(path, revision) == "peft":
-        config = PeftConfig.from_pretrained(path, revision=revision)
-        return config.base_model_name_or_path, config.revision or "main"
-    stored = stored_config(path, revision)
-    base = stored.get("base_model_name_or_path")
-    return base and (base, stored.get("base_model_revision") or "main")
+    is_peft = checkpoint_kind(path, revision) == "peft"
+    stored = stored_json(path, PEFT_CONFIG_NAME if is_peft else CONFIG_NAME, revision)
+    base, at = stored.get("base_model_name_or_path"), stored.get("revision" if is_peft else "base_model_revision")
+    if not isinstance(base, str | None) or (is_peft and not base):
+        raise UserError(f"{path} names no base: {base!r}. Write it into its config as `base_model_name_or_path`.")
+    return base and (base, at or "main")
 
 
 def checkpoint_state(path: str) -> list[Any]:
