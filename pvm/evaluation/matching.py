@@ -1,41 +1,31 @@
 """When an answer is correct: the same text, the same option, the same number, the same mathematical object."""
 
-import math
 import re
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeVar
 
 from pvm.errors import UserError
+from pvm.evaluation.mathematics import expressions, is_expression, is_installed, same_expression
+from pvm.evaluation.numerals import Quantity, quantities
+from pvm.evaluation.options import options, plain
+from pvm.evaluation.stated import MOST, clean, places
 
 
-# Where an answer states its result; the last one counts.
-BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-STYLE = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
-IS = r"(?:\s*[:=]|\s+(?:is|should be|must be|would be)\b)[\s:=]*"
-STATED = re.compile(rf"\banswer\b{IS}", re.IGNORECASE)
-SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+Value = TypeVar("Value")
 
-# An option is a capital letter by itself, but not the A of "A cat".
-QUOTES = str.maketrans("", "", "*_`\"'“”‘’")  # noqa: RUF001
-LETTER = r"(?:\(([A-Z])\)|([A-Z])(?![\w-])(?!(?<=[AI])\s+(?!(?:because|since|as|and|or|is)\b)\w))"
-CHOSEN = re.compile(rf"\b(?i:answer|option|choice)\b{IS}(?:(?i:option|choice)\s+)?{LETTER}")
-PRAISED = re.compile(rf"(?<!\w){LETTER}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b")
-AT_FIRST = re.compile(r"\(([A-Z])\)|([A-Z])(?=[.:)]|\s*\n|\s*$)")
-ANYWHERE = re.compile(r"\(([A-Z])\)|(?<!\w)([A-Z])(?=[.:),]|\s*$)")
-ONE_MORE = re.compile(r"\s*(?:or|and|/|&|,)\s*\(?[A-Z]\b(?!\s+[a-z])")
+TOLERANCE = 1e-4  # relative, of --match number
 
-# Digits inside a word (H2O) are not a number, and the minus in "3-4" is not a sign.
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?<![\w.]){DIGITS}(?:[eE][-+]?\d+)?")
-FRACTION = re.compile(rf"(?:(?<![\w.])(\d+)\s+)?(?<![\w.])({DIGITS})\s*/\s*([-+]?{DIGITS})")
-LATEX_FRACTION = re.compile(r"\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-TIMES_TEN = re.compile(r"(?<=\d)\s*(?:x|×|\*|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")  # noqa: RUF001
-POWER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
-EXPONENT = re.compile(r"\^\s*(?:\{[^{}]*\}|[-+]?\w+)")
 
-# Delimiters between which math-verify looks for mathematics, and how mathematics is told from prose without them.
-DELIMITED = re.compile(r"\$[^$]+\$|\\\(|\\\[|\\boxed|\\begin")
-LATEX = re.compile(r"\\[A-Za-z]|\^")
-FUNCTION = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])")
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+class Verdict(str, Enum):
+    """
+    `CORRECT`: the answer commits to the reference. `WRONG`: it commits to something else, or to nothing. `AMBIGUOUS`:
+    it commits to several things ("B or C", two different `\\boxed{}`); a metric counts it as wrong.
+    """
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    AMBIGUOUS = "ambiguous"
 
 
 def normalise(text: str) -> str:
@@ -43,143 +33,116 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".")
 
 
-def is_exact_match(prediction: str, reference: str) -> bool:
-    """Whether the two are the same after [`normalise`]."""
-    return normalise(prediction) == normalise(reference)
-
-
-def final_statement(text: str) -> str | None:
-    """The answer that a text states: in the last `\\boxed{}`, else the rest of the sentence after "answer is"."""
-    if boxed := BOXED.findall(text):
-        return STYLE.sub(r"\1", boxed[-1])
-    parts = STATED.split(text.replace("**", ""))
-    return SENTENCE_END.split(parts[-1])[0] if len(parts) > 1 else None
-
-
-def chosen_option(text: str) -> str | None:
+def final_values(text: str, read: Callable[[str], list[Value]], same: Callable[[Value, Value], bool]) -> list[Value]:
     """
-    The letter of the option that a text chooses: `B`, `(b)`, `B. a cat`, "The correct option is **B**, because ...",
-    "B is right", or the only letter that it names. `None` if there is none, or several without a choice.
+    The different values of the most explicit place that has any, see [`places`]; the last ones if they correct those
+    before. `read` finds the values in a phrase.
     """
-    if boxed := BOXED.findall(text):
-        text = STYLE.sub(r"\1", boxed[-1])
-    text = text.translate(QUOTES).strip()
-    if alone := re.search(rf"(?:\A|\n\s*|\banswer{IS})\(?([A-Za-z])\)?[.)]?\Z", text, re.IGNORECASE):
-        return alone[1].upper()
-    for pattern in (CHOSEN, PRAISED):
-        if stated := list(pattern.finditer(text)):
-            return None if ONE_MORE.match(text, stated[-1].end()) else _letter(stated[-1])
-    if first := AT_FIRST.match(text):
-        line, *others = text[first.end() :].split("\n")
-        listed = {_letter(found) for other in others if (found := AT_FIRST.match(other.strip()))}
-        # "B. a dog" is a choice, a list of all options is not.
-        return None if line.strip(" .:)") and listed - {_letter(first)} else _letter(first)
-    letters = {_letter(found) for found in ANYWHERE.finditer(text)}
-    return letters.pop() if len(letters) == 1 else None
+    for group in places(text):
+        found: list[Value] = []
+        for place in group:
+            values = read(place.text)
+            if place.corrects and values:
+                found = []
+            for value in values:
+                if len(found) < MOST and not any(same(value, other) for other in found):
+                    found.append(value)
+        if found:
+            return found
+    return []
 
 
-def _letter(found: re.Match) -> str:
-    return found[1] or found[2]
+def _option(reference: str) -> tuple[str | None, str]:
+    """The letter of a reference, and its text."""
+    found = re.match(r"\s*\(?([A-Za-z])(?:\)|[.:)]|\s*$)\s*(.*)", clean(reference), re.DOTALL)
+    if found:
+        return found[1].upper(), normalise(found[2])
+    letters = final_values(reference, options, str.__eq__)
+    return (letters[0] if len(letters) == 1 else None), ""
 
 
-def is_same_option(prediction: str, reference: str) -> bool:
+def _judge_exact(answer: str, reference: str) -> Verdict:
+    return _verdict([normalise(answer) == normalise(reference)])
+
+
+def _judge_choice(answer: str, reference: str) -> Verdict:
+    wanted, text = _option(reference)
+    letters = final_values(answer, options, str.__eq__)
+    if letters or not text:
+        return _verdict([letter == wanted for letter in letters])
+
+    def reads_text(phrase: str) -> list[str]:
+        phrase = normalise(plain(phrase))
+        return [phrase] if phrase == text else []
+
+    return _verdict([True] if final_values(answer, reads_text, str.__eq__) else [])
+
+
+def _numbers(text: str) -> list[Quantity]:
+    return final_values(text, quantities, lambda one, other: one.equals(other, 1e-9))
+
+
+def _judge_number(answer: str, reference: str, tolerance: float = TOLERANCE) -> Verdict:
+    wanted, given = _numbers(reference), _numbers(answer)
+    return _verdict([len(wanted) == 1 and quantity.equals(wanted[0], tolerance) for quantity in given])
+
+
+# References that are numbers are compared as numbers first, which also reads words and units.
+NUMERIC = re.compile(r"(?:[-\d.,%/^{}\s$]|\\[dtc]?frac|\\circ|\\,|°)+")
+COLLECTION = re.compile(r".*\\pm|(?:\\left)?\\?[({\[]")
+
+
+def _judge_math(answer: str, reference: str) -> Verdict:
+    if normalise(answer) == normalise(reference):
+        return Verdict.CORRECT
+    if NUMERIC.fullmatch(clean(reference)):
+        verdict = _judge_number(answer, reference, 1e-9)
+        if verdict is not Verdict.WRONG:
+            return verdict
+    wanted = final_values(reference, expressions, str.__eq__)
+    given = final_values(answer, expressions, str.__eq__)
+    if same_expression(wanted, given):
+        return Verdict.CORRECT
+    is_single = len(wanted) == 1 and not COLLECTION.match(wanted[0])
+    is_several = len(given) > 1 or any("\\pm" in expression for expression in given)
+    return Verdict.AMBIGUOUS if is_single and is_several else Verdict.WRONG
+
+
+def _verdict(matches: list[bool]) -> Verdict:
+    if len(matches) > 1 and not all(matches):
+        return Verdict.AMBIGUOUS
+    return Verdict.CORRECT if matches and all(matches) else Verdict.WRONG
+
+
+MATCHES = {"exact": _judge_exact, "choice": _judge_choice, "number": _judge_number, "math": _judge_math}
+
+
+def judge(match: str, answer: str, reference: str) -> Verdict:
     """
-    Whether the prediction chooses the same option as the reference.
+    What an answer is worth. Deterministic, never raises whatever the answer, and may be called from any thread or
+    process. It takes milliseconds, with `math` at most a second of processor time, after which an answer is wrong.
 
+    Args:
+        match (`str`): "exact", "choice", "number" or "math".
+        answer (`str`): as the model wrote it.
+        reference (`str`): one that [`check_reference`] accepts; with another no answer is correct.
+    """
+    return MATCHES[match](answer, reference)
+
+
+def check_reference(match: str, reference: str) -> None:
+    """
     Raises:
-        UserError: if the reference is not an option.
+        UserError: if answers cannot be compared with the reference, or math-verify is needed and not installed.
     """
-    wanted = chosen_option(reference)
-    if wanted is None:
-        raise UserError(
-            f"The reference {reference[:60]!r} is not an option such as B, (B) or `B. a cat`: choose another --match."
-        )
-    return chosen_option(prediction) == wanted
-
-
-def stated_number(text: str) -> tuple[float, bool] | None:
-    """
-    The number that a text gives as its answer, and whether a per cent sign follows: the first one after "answer is"
-    (after the last "=" of that sentence), else the last number of the text. Fractions, mixed numbers, powers and
-    scientific notation are one number; exponents of units are ignored. `None` if there is no number.
-    """
-    statement = final_statement(text)
-    plain = _plain_numbers(text if statement is None else statement.rpartition("=")[2])
-    numbers = list(NUMBER.finditer(plain))
-    if not numbers:  # "12 is the answer: ..."
-        before = STATED.search(text)
-        return before and stated_number(text[: before.start()])
-    found = numbers[-1 if statement is None else 0]
-    return float(found[0].replace(",", "")), plain[found.end() :].lstrip(" \\").startswith("%")
-
-
-def _plain_numbers(text: str) -> str:
-    """The text with fractions and powers as decimal numbers."""
-    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("**", "")  # noqa: RUF001
-    text = LATEX_FRACTION.sub(r" \1/\2", text)
-    text = TIMES_TEN.sub(r"e\1", text)
-    text = EXPONENT.sub("", POWER.sub(_power, text))
-    return FRACTION.sub(_quotient, text)
-
-
-def _power(found: re.Match) -> str:
-    try:
-        return repr(float(found[1]) ** int(found[2]))
-    except ArithmeticError:  # too large, or a power of 0
-        return found[0]
-
-
-def _quotient(found: re.Match) -> str:
-    above, below = (float(part.replace(",", "")) for part in (found[2], found[3]))
-    return found[0] if below == 0 else repr(float(found[1] or 0) + above / below)
-
-
-def is_same_number(prediction: str, reference: str) -> bool:
-    """
-    Whether both give the same number, within a relative error of 1e-4. If only one of them has a per cent sign, 50 %
-    equals both 50 and 0.5.
-
-    Raises:
-        UserError: if the reference has no number.
-    """
-    wanted, given = stated_number(reference), stated_number(prediction)
-    if wanted is None:
-        raise UserError(f"The reference {reference[:60]!r} contains no number: choose another --match.")
-    if given is None:
-        return False
-    (value, is_share), (other, is_other_share) = given, wanted
-    readings = [(value, other)]
-    if is_share != is_other_share:
-        readings.append((value / 100, other) if is_share else (value, other / 100))
-    return any(math.isclose(*reading, rel_tol=1e-4, abs_tol=1e-12) for reading in readings)
-
-
-def is_same_math(prediction: str, reference: str) -> bool:
-    """
-    Whether both are the same text or, according to math-verify, the same mathematical object, in LaTeX or plain text.
-
-    Raises:
-        UserError: if math-verify is not installed, or cannot parse the reference.
-    """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise UserError("--match math needs math-verify: pip install math-verify") from error
-    wanted = parse(_delimited(reference))
-    if not wanted:
-        raise UserError(f"The reference {reference[:60]!r} is not a mathematical object: choose another --match.")
-    return is_exact_match(prediction, reference) or verify(wanted, parse(_delimited(prediction)))
-
-
-def _delimited(text: str) -> str:
-    """The text with its mathematics between dollars, without which math-verify only finds plain numbers."""
-    if DELIMITED.search(text):
-        return text
-    statement = (final_statement(text) or text).strip().rstrip(".").replace("$", "")
-    statement = FUNCTION.sub(r"\\\1", statement)
-    if WORD.search(statement) and not LATEX.search(statement):
-        return text  # prose, in which math-verify finds plain numbers
-    return f"${WORD.sub(' ', statement)}$"
-
-
-MATCHES = {"exact": is_exact_match, "choice": is_same_option, "number": is_same_number, "math": is_same_math}
+    if match == "choice" and _option(reference)[0] is None:
+        needs = "not an option such as B, (B) or `B. a cat`"
+    elif match == "number" and len(_numbers(reference)) != 1:
+        needs = "not a number"
+    elif match == "math" and not is_installed():
+        raise UserError("--match math needs math-verify: pip install math-verify")
+    elif match == "math" and not is_expression(final_values(reference, expressions, str.__eq__)):
+        needs = "not a mathematical object"
+    else:
+        return
+    raise UserError(f"The reference {reference[:60]!r} is {needs}: choose another --match.")

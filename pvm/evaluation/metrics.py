@@ -5,6 +5,7 @@ The metrics are `evaluate.Metric`s that need no network. A result is a proportio
 "interval"}`, where `interval` is Wilson's 95 % interval; a bin of an axis adds `low`, `high` (both included), `mean`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import evaluate
 import numpy as np
 
 from pvm.evaluation.bootstrap import FIRST_RUNS, central_95, counts, resampled_accuracies
-from pvm.evaluation.matching import MATCHES, normalise
+from pvm.evaluation.matching import Verdict, judge, normalise
 
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
@@ -24,6 +25,9 @@ Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 # which get a bin each. Other distances are binned by powers of two.
 CLUSTER_GAP, CLUSTER_WIDTH, MAX_CLUSTERS = 8, 16, 12
 MAX_DEPTHS, DEPTH_BINS = 20, 10
+
+
+verdict = functools.cache(judge)  # several metrics judge the same answers
 
 
 def score_pieces(prediction: str, reference: str, pattern: str) -> list[bool]:
@@ -129,7 +133,8 @@ def _info(description: str, **features: Any) -> evaluate.MetricInfo:
 
 
 def _outcomes(predictions: list[str], references: list[str], match: str, runs: int) -> np.ndarray:
-    return np.array([MATCHES[match](*pair) for pair in zip(predictions, references)], dtype=bool).reshape(runs, -1)
+    verdicts = [verdict(match, *pair) for pair in zip(predictions, references)]
+    return np.array([found is Verdict.CORRECT for found in verdicts], dtype=bool).reshape(runs, -1)
 
 
 class Accuracy(evaluate.Metric):

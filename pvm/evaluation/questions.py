@@ -14,7 +14,7 @@ from pvm.data.encoding import ConversationDataset
 from pvm.data.forms import message_text
 from pvm.data.sources import Conversations
 from pvm.errors import UserError
-from pvm.evaluation.matching import MATCHES
+from pvm.evaluation.matching import check_reference
 
 
 ANSWER_MARGIN = 8  # tokens by which an answer may be longer than its reference, at least
@@ -112,7 +112,7 @@ def check_references(questions: Sequence[Question], match: str, dataset_name: st
     """
     for question in questions:
         try:
-            MATCHES[match]("", question.reference)
+            check_reference(match, question.reference)
         except UserError as error:
             raise UserError(f"{dataset_name}, row {question.row}: {error}") from error
 

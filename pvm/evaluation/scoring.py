@@ -6,7 +6,7 @@ from typing import Any
 
 from pvm.evaluation.answering import Answer
 from pvm.evaluation.bootstrap import paired_difference
-from pvm.evaluation.matching import MATCHES
+from pvm.evaluation.matching import Verdict
 from pvm.evaluation.metrics import (
     Accuracy,
     AccuracyByDepth,
@@ -14,6 +14,7 @@ from pvm.evaluation.metrics import (
     AccuracyByLength,
     quartile_bins,
     score_pieces,
+    verdict,
 )
 from pvm.evaluation.questions import Question
 
@@ -41,13 +42,15 @@ def make_records(
     questions: Sequence[Question], answers: Sequence[Answer], match: str = "exact"
 ) -> list[dict[str, Any]]:
     """The lines of a predictions file."""
+    verdicts = [verdict(match, answer.prediction, question.reference) for question, answer in zip(questions, answers)]
     return [
         {
             **asdict(question),
             **asdict(answer),
-            "correct": MATCHES[match](answer.prediction, question.reference),
+            "verdict": found.value,
+            "correct": found is Verdict.CORRECT,
         }
-        for question, answer in zip(questions, answers)
+        for question, answer, found in zip(questions, answers, verdicts)
     ]
 
 
@@ -58,6 +61,12 @@ def _texts(entry: Entry) -> dict[str, Any]:
         "references": [record["reference"] for record in records],
         "runs": len(entry.records),
     }
+
+
+def _ambiguous(entry: Entry, match: str) -> int:
+    records = [record for run in entry.records for record in run]
+    verdicts = [verdict(match, record["prediction"], record["reference"]) for record in records]
+    return verdicts.count(Verdict.AMBIGUOUS)
 
 
 def score(entry: Entry, lengths: Sequence[int], pattern: str | None, match: str = "exact") -> dict[str, Any]:
@@ -117,17 +126,18 @@ def compare(
 
 def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact") -> dict[str, Any]:
     """
-    The measured part of the report, which depends on the records alone: `overall`, `groups` and `comparisons`. Each
-    intact entry is compared with all intact ones before it, and each ablation with its intact entry. Quartiles of
-    length contain the same questions for all entries: `lengths_of` says for each group whether the lengths are those
-    of the references ("reference") or, where these hardly vary, of the answers of the first entry's first run
-    ("answer").
+    The measured part of the report, which depends on the records alone: `overall`, `ambiguous` (how many answers),
+    `groups` and `comparisons`. Each intact entry is compared with all intact ones before it, and each ablation with
+    its intact entry. Quartiles of length contain the same questions for all entries: `lengths_of` says for each group
+    whether the lengths are those of the references ("reference") or, where these hardly vary, of the answers of the
+    first entry's first run ("answer").
     """
     first = entries[0].records[0]
     report: dict[str, Any] = {
         "overall": {
             entry.name: Accuracy(keep_in_memory=True).compute(**_texts(entry), match=match) for entry in entries
         },
+        "ambiguous": {entry.name: _ambiguous(entry, match) for entry in entries},
         "groups": {},
         "lengths_of": {},
         "comparisons": {},

@@ -1,0 +1,101 @@
+"""The options (A, B, C) that a phrase chooses."""
+
+import re
+
+
+# LaTeX's text commands, which leave their content, and marks without a meaning here.
+WRAPPED = re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}")
+MARKS = re.compile(r"\\[()\[\],;:! ]|[$*_'{}]|^[\s>•:=-]+")
+
+ALONE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.!?,:]?")
+TOGETHER = re.compile(r"[A-H]{2,8}")
+LISTED = re.compile(r"(?:^|\s)\(?([A-Z])[).:]\s")
+REASON = re.compile(r",?\s*\b(?:because|since|while|whereas)\b|因为|;", re.IGNORECASE)
+
+# A letter in brackets, a capital by itself, or a small letter with a mark behind it.
+LETTER = re.compile(
+    r"""[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]
+    | (?<![A-Za-z0-9&]) (?P<capital>[A-Z]) (?![A-Za-z0-9'+&-]|\.\w)
+    | (?<![A-Za-z0-9]) (?P<small>[a-z]) (?=[).:](?:\s|$)|\s*$)""",
+    re.VERBOSE,
+)
+# The A of "A cat" and the I of "I think" are words.
+IS_WORD = re.compile(r"\s+(?!(?:because|since|as|and|or|is|but|it|for|are|both)\b)[A-Za-z]")
+# What comes before a letter that is an option, which "Vitamin C" and "Plan B" do not have.
+BEFORE = re.compile(
+    r"""(?:^ | [.!?\n]\s* | [:=选项是为案故择]
+        | \b(?:options?|choices?|answers?|letter|is|are|be|its|but|think|believe|choose|chose|pick|select|with|say
+        |so|therefore|thus|hence|maybe|probably|perhaps|likely|either|both|not|neither|nor)\b\s*:?)
+    \s*(?:the\s+|definitely\s+|probably\s+)?(?:(?:options?|choices?|letter)\s+)?$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+BETWEEN = re.compile(
+    r"""\s*[.)\]]?\s*(?:(?:,|/|&|\(?\bor\b|\band\b|[和或与及])\s*)+
+    (?:possibly|maybe|also|perhaps)?\s*(?:options?\s*)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+NEGATED = re.compile(
+    r"(?:\b(?:not|neither|never|nor|than|instead of)|不是|不选)\s*(?:the\s+)?(?:options?|choices?)?\s*$", re.IGNORECASE
+)
+REFUTED = re.compile(
+    r"""\s*(?:选项)?\s*(?:(?:is|are|does|do|can)\s+(?:\w+ly\s+)?(?:not\b|wrong|incorrect|false|out\b)|不正确|错)""",
+    re.IGNORECASE,
+)
+PRAISED = re.compile(
+    r"""\s*(?:选项)?\s*(?:正确 | it\sis\b
+    | (?:is|are|must\sbe|would\sbe|seems)\s+(?:\w+ly\s+|both\s+)?(?:the\s+)?(?:(?:only|most)\s+)?
+      (?:correct|right|best|true|answer|one)\b)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+NEAR = 40  # characters before a letter that are looked at
+
+
+def plain(phrase: str) -> str:
+    """The phrase without LaTeX and marks."""
+    phrase = MARKS.sub("", MARKS.sub("", WRAPPED.sub(r"\1", phrase)).strip())
+    return "\n".join(" ".join(line.split()) for line in phrase.split("\n"))
+
+
+def options(phrase: str) -> list[str]:
+    """
+    The letters of the options that a phrase chooses: one where it is clear, several if they are coordinated ("B or C")
+    or listed, none if it names no option or only rejects some.
+    """
+    phrase = plain(phrase)
+    if alone := ALONE.fullmatch(phrase):
+        return [alone[1].upper()]
+    if TOGETHER.fullmatch(phrase) and sorted(set(phrase)) == list(phrase):
+        return list(phrase)
+    listed = list(dict.fromkeys(LISTED.findall(f"{phrase} ")))
+    if len(listed) > 1 and listed == sorted(listed):
+        return listed
+    if "\n" in phrase:
+        return []
+    return next(filter(None, map(_chosen, REASON.split(phrase))), [])
+
+
+def _chosen(clause: str) -> list[str]:
+    """
+    The options called right, else those that something announces. Nothing is announced after an option that opens the
+    clause ("D. Both A and B"), unless it is coordinated.
+    """
+    named: list[str] = []
+    praised: list[str] = []
+    end, rejected, opens = None, False, False
+    for found in LETTER.finditer(clause):
+        letter = found[found.lastgroup].upper()
+        before, after = clause[max(0, found.start() - NEAR) : found.start()], clause[found.end() :]
+        if found["capital"] in ("A", "I") and IS_WORD.match(after):
+            continue
+        joined = end is not None and BETWEEN.fullmatch(clause, end, found.start())
+        if NEGATED.search(before) or REFUTED.match(after) or (joined and rejected):
+            rejected, end = True, found.end()
+            continue
+        announced = found["bracketed"] or BEFORE.search(before)
+        if PRAISED.match(after) and (announced or joined):
+            praised += [*named[-1:], letter] if joined else [letter]
+        if joined or (announced and not opens):
+            opens = opens or found.start() == 0
+            named.append(letter)
+            rejected, end = False, found.end()
+    return list(dict.fromkeys(praised or named))
