@@ -31,9 +31,9 @@ from pvm.evaluation.tables import (
 
 CORRECT = {
     "exact": "the answer is the reference answer, ignoring case, spaces and a final full stop",
-    "choice": "the answer chooses the same option as the reference; choosing none or several is wrong",
-    "number": 'the number that the answer gives (the first after "answer is", else the last one) is that of the '
-    "reference, within a relative error of 1e-4",
+    "choice": "the answer chooses the same option as the reference, however it is phrased",
+    "number": "the number that the answer gives as its result is that of the reference, within a relative error of "
+    "1e-4; units are not compared",
     "math": "the answer is the same mathematical object as the reference, according to math-verify",
 }
 EFFECT = {
@@ -75,7 +75,7 @@ def rich_tables(report: dict[str, Any]) -> list[RichTable]:
 
 
 def remarks(report: dict[str, Any], only_intact: bool = False) -> list[str]:
-    """Sentences about gates that are zero and answers that were cut."""
+    """Sentences about gates that are zero, answers that were cut, and ambiguous ones."""
     sentences = []
     for model in report["models"]:
         if only_intact and model["ablation"] != "none":
@@ -87,6 +87,10 @@ def remarks(report: dict[str, Any], only_intact: bool = False) -> list[str]:
                 f"{model['answers_cut']:,} of {report['rows']:,} answers of {model['label']} were cut at the length "
                 "limit."
             )
+    for name, count in report["ambiguous"].items():
+        if count and not (only_intact and name not in intact_names(report)):
+            answers = report["overall"][name]["n"] * report["overall"][name].get("runs", 1)
+            sentences.append(f"{count:,} of {answers:,} answers of {name} are ambiguous and count as wrong.")
     return sentences
 
 
