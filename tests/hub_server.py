@@ -118,6 +118,12 @@ class HubServer:
         """What was pushed, the first first."""
         return [commit.title for commit in self.commits(repo_id)][::-1][1:]
 
+    def add(self, repo_id: str, folder: Path) -> None:
+        """A repository with the files of a folder, without a push."""
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        self.branches[repo_id] = {}
+        self.advance(repo_id, "main", {name: File(path.read_bytes(), False) for name, path in files.items()}, "all")
+
     def commit(self, repo_id: str, revision: str) -> Commit:
         if repo_id not in self.branches:
             raise Refusal(404, "Repository not found", "RepoNotFound")
@@ -156,7 +162,7 @@ class HubServer:
 
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
-API = "/api/models/([^/]+/[^/]+)"
+API = "/api/(?:models|datasets)/([^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
@@ -248,9 +254,20 @@ class Handler(BaseHTTPRequestHandler):
             {"id": name, "modelId": name, "sha": commit.sha, "siblings": siblings, "private": False, "tags": []}
         )
 
-    @route("GET", f"{API}/tree/([^/]+)")
-    def tree(self, name: str, revision: str) -> None:
-        self.reply([file.entry(path) for path, file in sorted(self.hub.commit(name, revision).files.items())])
+    @route("GET", f"{API}/tree/([^/]+)(?:/(.+))?")
+    def tree(self, name: str, revision: str, folder: str | None) -> None:
+        files = self.hub.commit(name, revision).files
+        start = f"{folder}/" if folder else ""
+        entries = {path: file.entry(path) for path, file in sorted(files.items()) if path.startswith(start)}
+        if not entries:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        if self.query.get("recursive", ["false"])[0].lower() == "false":
+            for path in list(entries):
+                if "/" in (rest := path.removeprefix(start)):
+                    parent = start + rest.partition("/")[0]
+                    del entries[path]
+                    entries[parent] = {"type": "directory", "path": parent, "oid": sha1(parent.encode()), "size": 0}
+        self.reply(list(entries.values()))
 
     @route("POST", f"{API}/paths-info/([^/]+)")
     def paths(self, name: str, revision: str) -> None:
@@ -301,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.objects[name, sha256] = self.body
         self.reply()
 
-    @route("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    @route("GET", r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
     def resolve(self, name: str, revision: str, path: str) -> None:
         commit = self.hub.commit(name, revision)
         if not (file := commit.files.get(path)):

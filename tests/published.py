@@ -27,6 +27,16 @@ def parquet(file: Path, rows: list[dict], features: dict) -> Path:
     return file
 
 
+def with_configs(folder: Path, **splits: str) -> Path:
+    """Name the configs in the card, each with its only split."""
+    files = (
+        f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {name}/*.parquet\n"
+        for name, split in splits.items()
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(files)}---\n")
+    return folder
+
+
 def openmmreasoner_sft(folder: Path) -> Path:
     """OpenMMReasoner/OpenMMReasoner-SFT-874K: a folder for each config, images in another; one has none."""
     part = {"type": TEXT, "text": TEXT, "image_url": {"url": TEXT}}
@@ -54,7 +64,7 @@ def openmmreasoner_sft(folder: Path) -> Path:
     parquet(folder / "llava_cot" / "train-00000-of-00001.parquet", rows, features)
     rows = [row(str(index), None, str(index)) for index in range(3)]
     parquet(folder / "m1_sft" / "train-00000-of-00001.parquet", rows, features)
-    return folder
+    return with_configs(folder, llava_cot="train", m1_sft="train")
 
 
 def openmmreasoner_rl(folder: Path) -> Path:
@@ -81,7 +91,7 @@ def openmmreasoner_rl(folder: Path) -> Path:
     del features["avg_reward"]
     rows = [{key: row[key] for key in features} for row in rows]
     parquet(folder / "validation" / "val-00000-of-00001.parquet", rows, features)
-    return folder
+    return with_configs(folder, virl39k="train", validation="val")
 
 
 def virl39k(folder: Path) -> Path:

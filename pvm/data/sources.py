@@ -21,6 +21,7 @@ from datasets import (
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.data_files import DataFilesDict, get_data_patterns
 
@@ -391,7 +392,14 @@ def load_rows(
         raise UserError(f"--dataset_config {config_name}: {name} is a local data set, which has no configurations.")
     try:
         if not path.exists():
-            dataset = load_dataset(name, config_name, split=split, streaming=streaming)
+            builder = load_dataset_builder(name, config_name)
+            files = builder.config.data_files or {}
+            rows = {key: [file for file in files[key] if file.endswith(".parquet")] for key in files}
+            if builder.name == "parquet" and rows != files:  # archives of images beside them would be read as Parquet
+                builder = load_dataset_builder("parquet", data_files=rows)
+            if not streaming:
+                builder.download_and_prepare()
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
         else:
             file_format, files = (
                 (FILE_FORMATS[path.suffix], escape(str(path))) if path.is_file() else _folder_files(path)
@@ -403,7 +411,8 @@ def load_rows(
     except UserError:
         raise
     except Exception as error:  # the readers of `datasets` raise exceptions of many types
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        lines = str(error.__cause__ or error).strip().splitlines()[:2]  # the second may list the configurations
+        reason = " ".join(lines) or type(error).__name__
         raise UserError(f"Cannot load split `{split}` of the data set `{name}`: {reason}") from error
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise UserError(f"{name}: choose one of the splits {', '.join(dataset)}.")

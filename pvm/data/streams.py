@@ -16,7 +16,7 @@ from pvm.data.encoding import ConversationEncoder, content_digest
 from pvm.data.forms import Conversation, check_columns, to_conversation
 from pvm.data.json_rows import JSON_ROW, json_columns, json_origin, parse_row, place
 from pvm.data.sources import DataArguments, load_rows, media_root, mix, undecoded
-from pvm.errors import SetupError, UserError
+from pvm.errors import SetupError, UserError, user_errors
 
 
 WATCH_AFTER = 500  # rows of a stream before its share of unusable ones is judged
@@ -53,7 +53,8 @@ def load_streams(arguments: DataArguments) -> list[IterableDataset]:
         stream = load_rows(source.name, source.split, source.config_name, streaming=True)
         if stream.features is not None:
             stream = stream.decode(False).cast(undecoded(stream.features))
-        first = next(iter(stream), None)
+        with user_errors(f"Cannot read the data set {source.name}"):
+            first = next(iter(stream), None)
         if first is None:
             raise UserError(f"{source.name}, split {source.split}, has no rows.")
         check_columns(source.name, json_columns(stream) if first.keys() == JSON_ROW.keys() else list(first))
