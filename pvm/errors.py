@@ -70,16 +70,17 @@ def ends_in_a_sentence(command: str, interrupted: str = "interrupted.") -> Itera
             )
         yield
         return
-    except UserError as error:
-        status, sentence = 2, f"error: {error}"
-    except StrictDataclassError as error:
-        status, sentence = 1, f"error: {reason(error)}"
-    except (SafetensorError, OSError) as error:
-        status, sentence = 1, f"error: {error}"
     except BaseException as error:
         # An error that follows on Ctrl-C is part of it, for instance that workers do not answer any more.
-        if not any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in (error, error.__context__)):
+            status, sentence = 130, interrupted
+        elif isinstance(error, UserError):
+            status, sentence = 2, f"error: {error}"
+        elif isinstance(error, StrictDataclassError):
+            status, sentence = 1, f"error: {reason(error)}"
+        elif isinstance(error, (SafetensorError, OSError)):
+            status, sentence = 1, f"error: {error}"
+        else:
             raise
-        status, sentence = 130, interrupted
     print(printable(f"{command}: {sentence}"), file=sys.stderr)
     sys.exit(status)

@@ -467,7 +467,7 @@ def fail(error: BaseException) -> None:
     ("main", "status", "sentence"),
     [
         (lambda: fail(UserError("No such flag.")), 2, "train.py: error: No such flag.\n"),
-        (lambda: fail(OSError(28, "No space left on device")), 1, "train.py: error: [Errno 28] No space left on device\n"),
+        (lambda: fail(OSError(28, "No space left")), 1, "train.py: error: [Errno 28] No space left\n"),
         (lambda: fail(KeyboardInterrupt()), 130, "train.py: interrupted.\n"),
         (ctrl_c_while_workers_answer, 130, "train.py: interrupted.\n"),
     ],
