@@ -210,6 +210,7 @@ def add_peft_adapter(model: PreTrainedModel, name: str, revision: str, subfolder
         with warnings.catch_warnings():
             # peft only warns, and the model would answer like its base.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft's use
             return PeftModel.from_pretrained(model, name, revision=revision, subfolder=subfolder)
     except UserWarning as error:
         raise UserError(f"{name} lacks weights. Get the complete PEFT adapter again.") from error
