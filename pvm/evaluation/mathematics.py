@@ -122,13 +122,13 @@ class _Process:
     """The process that compares, started when it is first needed and again after it was ended."""
 
     def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, None
+        self.lock, self.process = threading.Lock(), None
 
     def ask(self, question: list) -> bool | None:
         """Its answer; `None` if it was ended."""
         with self.lock:
-            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-                self.process, self.owner = self.start(), os.getpid()
+            if self.process is None or self.process.poll() is not None:
+                self.process = self.start()
             try:
                 self.process.stdin.write(json.dumps(question) + "\n")
                 self.process.stdin.flush()
@@ -147,6 +147,7 @@ class _Process:
 
 
 _process = _Process()
+os.register_at_fork(after_in_child=_process.__init__)  # a fork has its own
 
 
 def is_installed() -> bool:

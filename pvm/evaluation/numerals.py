@@ -41,7 +41,9 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 TENS = {word: 10 * k for k, word in enumerate(TENS.split(), start=2)}
 SCALES = {"hundred": 100, "thousand": 1e3, "k": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "dozen": 12}
 PARTS = {"half": 0.5, "halves": 0.5, "third": 1 / 3, "thirds": 1 / 3, "quarter": 0.25, "quarters": 0.25}
-PARTS |= {"fifth": 0.2, "fifths": 0.2, "tenth": 0.1, "tenths": 0.1}
+PARTS |= {
+    f"{word}{s}": 1 / k for k, word in {4: "fourth", 5: "fifth", 8: "eighth", 10: "tenth"}.items() for s in ("", "s")
+}
 WORD = "|".join(sorted([*SMALL, *TENS, *SCALES], key=len, reverse=True))
 PART = "|".join(sorted(PARTS, key=len, reverse=True))
 IN_WORDS = re.compile(
@@ -243,7 +245,7 @@ CUES = (
     ),
 )
 NEGATED = re.compile(
-    r"(?:\b(?:not|never|rather than|instead of|isn't)|不是|[≠])\s*(?:about\s*|just\s*)?$", re.IGNORECASE
+    r"(?:\b(?:(?:can)?not(?: be)?|never|rather than|instead of)|不是|[≠])\s*(?:about\s*|just\s*)?$", re.IGNORECASE
 )
 BOUND = re.compile(
     r"(?:[<>≤≥]|\\[gl](?:t|eq?)|\b(?:(?:more|less|fewer|greater|higher|lower|larger|smaller) than|at (?:least|most)|"

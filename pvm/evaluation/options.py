@@ -25,7 +25,7 @@ IS_WORD = re.compile(r"\s+(?!(?:because|since|as|and|or|is|but|it|for|are|both)\
 BEFORE = re.compile(
     r"""(?:^ | [.!?\n]\s* | [:=选项是为案故择]
         | \b(?:options?|choices?|answers?|letter|is|are|be|its|but|think|believe|choose|chose|pick|select|with|say
-        |so|therefore|thus|hence|maybe|probably|perhaps|likely|either|both|not|neither|nor)\b\s*:?)
+        |so|therefore|thus|hence|maybe|probably|perhaps|likely|either|both|between|not|neither|nor)\b\s*:?)
     \s*(?:the\s+|definitely\s+|probably\s+)?(?:(?:options?|choices?|letter)\s+)?$""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -35,7 +35,9 @@ BETWEEN = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 NEGATED = re.compile(
-    r"(?:\b(?:not|neither|never|nor|than|instead of)|不是|不选)\s*(?:the\s+)?(?:options?|choices?)?\s*$", re.IGNORECASE
+    r"""(?:\b(?:(?:can)?not(?:\sbe)?|neither|never|nor|than|instead\sof)|不是|不选)\s*
+    (?:the\s+)?(?:options?|choices?)?\s*$""",
+    re.IGNORECASE | re.VERBOSE,
 )
 REFUTED = re.compile(
     r"""\s*(?:选项)?\s*(?:(?:is|are|does|do|can)\s+(?:\w+ly\s+)?(?:not\b|wrong|incorrect|false|out\b)|不正确|错)""",

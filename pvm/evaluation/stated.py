@@ -23,8 +23,8 @@ BOXED = re.compile(r"\\f?boxed\s*\{")
 
 IS = r"(?:is|are|was|were|(?:should|must|would|could|can|may|might|will|has to)(?:\s+(?:also|well))?\s+be)"
 STATED = re.compile(
-    rf"\b(?P<final>final\s+)?(?:answer|ans|option|choice)s?'?(?:\s+here)?"
-    rf"(?:\s*[:=]+(?:\s*{IS}\b)?|\s+{IS}\b\s*:?|\s*\n(?=\s*\S))"
+    rf"\b(?P<final>final\s+)?(?:answers?|ans|option|choice)(?:\s+here)?"
+    rf"(?:\s*[:=)]+(?:\s*{IS}\b)?|\s+{IS}\b\s*:?|\s*\n(?=\s*\S))"
     r"|(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|选|:)+|(?P<chosen>故选|应选|我选|选择|选)\s*:?",
     re.IGNORECASE,
 )
