@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from io import BytesIO
 from pathlib import Path
@@ -294,13 +295,16 @@ def test_the_published_folder_is_a_base(repository, processor, tmp_path):
         assert torch.equal(loaded(**inputs, use_pvm=False).logits, expected)
 
 
-def test_what_was_trained_on_the_published_folder_loads(repository, conversations, tmp_path):
+def test_what_was_trained_on_the_published_folder_loads(repository, conversations, tmp_path, caplog, monkeypatch):
     """Trainer gives the config a pad token, which Qwen's has not."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     run = training.run(repository, conversations, tmp_path / "run", "--max_steps", "2", "--dtype", "float32")
     assert json.loads((run / "config.json").read_text())["text_config"]["pad_token_id"] == 151643
     assert Qwen3VLConfig.from_pretrained(repository).text_config.pad_token_id is None
     gates = load_checkpoint(str(run)).description.gates
     assert len(gates) == 3 and all(gates.values())
+    (new_branches,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "has no PVM branches: new ones" in new_branches
 
 
 def test_generation_settings_are_kept_and_evaluation_is_greedy(repository, processor, tmp_path):

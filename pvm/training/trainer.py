@@ -180,6 +180,9 @@ class CheckpointingTrainer(Trainer):
         model.is_quantized = quantized
         # Trainer sets this to turn the cache off. The model does not read it, and every config.json would have it.
         del model.config.use_cache
+        if self.processing_class is not None:
+            # Trainer would do the same, and warn: Qwen's config has no pad token.
+            model.config.get_text_config().pad_token_id = self.processing_class.tokenizer.pad_token_id
         self.settings = settings
         self.stop_on_sigterm, self.branch_gradients = StopOnSigterm(), BranchGradients()
         self.add_callback(self.stop_on_sigterm)
