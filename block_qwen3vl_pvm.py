@@ -42,6 +42,8 @@ class CrossAttentionMetadata(NamedTuple):
     attends: torch.BoolTensor | None = None
     # `[batch, 1, query or 1, visual]`: who attends to whom; `None`: all to all.
     mask: torch.BoolTensor | None = None
+    # `[batch, new visual]`: number of the image, or frame of a video, that each new visual token is from.
+    image_index: torch.LongTensor | None = None
 
 
 class Qwen3VLPVMCrossAttention(nn.Module):

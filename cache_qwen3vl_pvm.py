@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -42,17 +43,17 @@ class VisualMemory:
     rope_deltas (`torch.IntTensor` `[batch, visual]`): rotary position of text that would follow the token, minus the
         number of tokens (without padding) up to it.
     complete (`bool`): no slot is empty.
-    in_kv_cache (`bool`): the KV cache may hold visual tokens, too.
     keys, values (`dict[int, torch.Tensor]`): by decoder layer, `[batch, key_value_heads, visual, head_dim]` each, in
         the branch's dtype.
+    in_kv_cache (`bool`): the KV cache may hold visual tokens, too.
     """
 
     positions: torch.IntTensor
     rope_deltas: torch.IntTensor
     complete: bool
-    in_kv_cache: bool
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    in_kv_cache: bool = True
 
     @classmethod
     def extended(cls, memory: "VisualMemory | None", positions, rope_deltas, in_kv_cache: bool) -> "VisualMemory":
@@ -62,7 +63,7 @@ class VisualMemory:
             positions = torch.cat([memory.positions.to(positions.device), positions], dim=1)
             rope_deltas = torch.cat([memory.rope_deltas.to(rope_deltas.device), rope_deltas], dim=1)
             keys, values, in_kv_cache = memory.keys, memory.values, memory.in_kv_cache or in_kv_cache
-        return cls(positions, rope_deltas, bool((positions != NO_POSITION).all()), in_kv_cache, keys, values)
+        return cls(positions, rope_deltas, bool((positions != NO_POSITION).all()), keys, values, in_kv_cache)
 
     def update(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of new visual tokens; all of the layer."""
@@ -78,6 +79,14 @@ class VisualMemory:
         present = self.positions != NO_POSITION
         last = self.positions.masked_fill(~present, -1).argmax(dim=1, keepdim=True)
         return self.rope_deltas.gather(1, last).masked_fill(~present.any(dim=1, keepdim=True), 0).long()
+
+    @property
+    def image_index(self) -> torch.LongTensor:
+        """`[batch, visual]`: of the image or video frame that each token is from, counted from 0 in every row."""
+        present = self.positions != NO_POSITION
+        last = self.positions.masked_fill(~present, -2).cummax(dim=1).values  # up to each slot
+        last = nn.functional.pad(last[:, :-1], (1, 0), value=-2)
+        return (present & (self.positions != last + 1)).cumsum(dim=1) - 1
 
     def select(self, rows: torch.LongTensor) -> "VisualMemory":
         """The memory of the given batch rows, in that order."""
@@ -96,7 +105,7 @@ class VisualMemory:
 
     def _with(self, positions, rope_deltas, complete, change: Callable[[torch.Tensor], torch.Tensor]):
         keys, values = ({layer: change(states) for layer, states in all.items()} for all in (self.keys, self.values))
-        return VisualMemory(positions, rope_deltas, complete, self.in_kv_cache, keys, values)
+        return VisualMemory(positions, rope_deltas, complete, keys, values, self.in_kv_cache)
 
 
 class VisualMemoryLayerMixin:

@@ -220,7 +220,9 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 if attention_mask is not None:
                     is_text = is_text & attention_mask[:, past_length:].bool()
                 text_index, is_text = pack(is_text)
-            metadata = self._metadata(is_text, text_index + past_length, memory.positions, not wants_attention)
+            metadata = self._metadata(
+                is_text, text_index + past_length, memory, visual_index.shape[1], pack_queries=not wants_attention
+            )
         elif memory is not None:  # all of which lies before this pass
             metadata = CrossAttentionMetadata()
             if not memory.complete:
@@ -275,13 +277,13 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         output.last_hidden_state = torch.zeros_like(inputs_embeds).scatter_add(1, index, states)
         return output
 
-    def _metadata(self, is_text, positions, memory_positions, pack_queries: bool) -> CrossAttentionMetadata:
+    def _metadata(self, is_text, positions, memory, new_visual: int, pack_queries: bool) -> CrossAttentionMetadata:
         """
-        Who attends to whom in a pass with visual tokens, of whose tokens `[batch, sequence]` some are text. If
-        `pack_queries`, only the text tokens that attend to something go through the branches.
+        Who attends to whom in a pass with `new_visual` visual tokens, of whose tokens `[batch, sequence]` some are
+        text. If `pack_queries`, only the text tokens that attend to something go through the branches.
         """
         # A visual token is visible to later positions; without `pvm_causal` to all. (NO_POSITION is larger than any.)
-        visible_after = memory_positions
+        visible_after = memory.positions
         if not self.config.pvm_causal:
             visible_after = visible_after.masked_fill(visible_after != NO_POSITION, -1)
         first, last = visible_after.aminmax(dim=1, keepdim=True)  # [batch, 1]
@@ -296,7 +298,8 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
             mask = visible_after[:, None] < query_positions[..., None]
             # What attends to nothing is zeroed after the attention, whose softmax must not run over an empty row.
             mask = (mask | ~attends[..., None])[:, None]
-        return CrossAttentionMetadata(query_index, attends[..., None], mask)
+        image_index = memory.image_index[:, -new_visual:]
+        return CrossAttentionMetadata(query_index, attends[..., None], mask, image_index)
 
 
 def take(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:

@@ -23,6 +23,26 @@ class TokenGateBlock(Qwen3VLPVMBlock):
         return self.gate_alpha * 2 * self.token_gate(query_states).sigmoid()
 
 
+class ImageOrderBlock(Qwen3VLPVMBlock):
+    """PVM whose memory knows the order of images and video frames: keys and values say which one they are from."""
+
+    features = 32  # of an image's number: sines and cosines
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.image_order = nn.Linear(self.features, config.pvm_hidden_size, bias=False)
+
+    def attend(self, query_states, visual_embeds, metadata, memory) -> torch.Tensor:
+        """As published, with V' + W_order f(number of the image), `[batch, new visual, pvm_hidden_size]`."""
+        visual_states = None
+        if visual_embeds is not None:
+            frequencies = 100 ** -torch.linspace(0, 1, self.features // 2, device=visual_embeds.device)
+            angles = metadata.image_index[..., None] * frequencies
+            order = torch.cat([angles.sin(), angles.cos()], dim=-1).to(visual_embeds.dtype)
+            visual_states = self.vision_reducer(visual_embeds) + self.image_order(order)
+        return self.cross_attn(query_states, visual_states, metadata, memory)[0]
+
+
 class ParallelMLPBlock(Qwen3VLPVMBlock):
     """The paper's control without an image: an MLP as large as the branch, for the same tokens."""
 
@@ -39,4 +59,9 @@ class ParallelMLPBlock(Qwen3VLPVMBlock):
         return query_states if metadata.attends is None else query_states.masked_fill(~metadata.attends, 0.0)
 
 
-BLOCKS = {"pvm": Qwen3VLPVMBlock, "token_gate": TokenGateBlock, "parallel_mlp": ParallelMLPBlock}
+BLOCKS = {
+    "pvm": Qwen3VLPVMBlock,
+    "token_gate": TokenGateBlock,
+    "image_order": ImageOrderBlock,
+    "parallel_mlp": ParallelMLPBlock,
+}

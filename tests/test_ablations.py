@@ -100,7 +100,8 @@ def test_which_ablations_apply(base, tmp_path):
     assert [(a.kind, a.layer, a.suffix) for a in alone] == [
         ("none", None, ""), ("branch_alone", 1, " - branch alone layer 1"), ("branch_alone", 2,
         " - branch alone layer 2"), ("blank_image", None, " - blank image")]  # fmt: skip
-    assert [a.use_pvm for a in (INTACT, Ablation("branch_off"), alone[1])] == [True, False, [1]]
+    kwargs = [ablation.model_kwargs for ablation in (INTACT, Ablation("branch_off"), alone[1], Ablation("skip"))]
+    assert kwargs == [{}, {"use_pvm": False}, {"use_pvm": [1]}, {"image_kv_cache": "skip"}]
 
     check_ablations(["branch_off", "blind"], [folders["stock"], folders["parallel_mlp"]])
     with pytest.raises(UserError, match="branch_off: none of the models has PVM branches"):
@@ -141,7 +142,7 @@ def test_images_that_no_other_row_can_replace(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = load_conversations(str(tmp_path / "rows.jsonl"), "train")
     assert len(ChangedImages(rows, blank=True)) == 2
-    with pytest.raises(UserError, match="row 0: no other row has 1 images that are all different"):
+    with pytest.raises(UserError, match="row 0.*: no other row has 1 images that are all different"):
         ChangedImages(rows, blank=False)
 
 

@@ -222,7 +222,7 @@ def test_adapter_without_its_base_is_refused(adapter_folder, tmp_path):
 def test_refused_checkpoints(base, tmp_path):
     with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint_kind(str(tmp_path))
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         checkpoint_kind(str(tmp_path / "nothing" / "here"))
     with pytest.raises(UserError, match="model type 'llama'"):
         checkpoint_kind(str(copy_of(base, tmp_path / "llama", {"model_type": "llama"})))
@@ -321,7 +321,8 @@ def test_the_page_is_self_contained(output_dir):
 def test_report_follows_from_the_predictions(output_dir):
     report = json.loads((output_dir / "report.json").read_text())
     records = {name: read_records(output_dir, name) for name in ("base", "PVM")}
-    assert {key: report[key] for key in ("overall", "groups", "lengths_of", "comparisons")} == json.loads(
+    scores = ("overall", "ambiguous", "groups", "lengths_of", "comparisons")
+    assert {key: report[key] for key in scores} == json.loads(
         json.dumps(score_all([Entry(name, [lines]) for name, lines in records.items()], r"\d"))
     )
     for name, lines in records.items():
@@ -500,6 +501,48 @@ def test_ablations_of_stock_and_pvm_models_on_rows_with_and_without_images(base,
     blind = [[record["prediction"] for record in records[f"{name} - blind"]] for name in ("base", "PVM")]
     assert blind[0] == blind[1], "blind and with its branches off, the model is the base"
     assert "1 of 12 questions have no image" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_images_out_of_the_cache_as_ablations_and_as_a_way_to_evaluate(base, pvm_folder, data, tmp_path):
+    flags = ["--model", str(base), str(pvm_folder), "--names", "base", "PVM", "--dataset_name", str(data),
+             "--max_new_tokens", "2", "--diagnostic_rows", "0"]  # fmt: skip
+    eval_script.main([*flags, "--ablations", "evict", "skip", "--output_dir", str(tmp_path / "ablations")])
+    eval_script.main([*flags, "--image_kv_cache", "skip", "--output_dir", str(tmp_path / "way")])
+    records = {
+        name: [record["prediction"] for record in read_records(tmp_path / folder, name)]
+        for folder, name in (("ablations", "PVM - skip"), ("ablations", "base"), ("way", "PVM"))
+    }
+    assert records["PVM"] == records["PVM - skip"]
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("ablations", "way")]
+    sizes = [{model["name"]: model["cache_bytes"] for model in report["models"]} for report in reports]
+    assert sizes[0]["PVM"] > sizes[0]["base"] > sizes[0]["PVM - evict"] == sizes[0]["PVM - skip"] == sizes[1]["PVM"]
+    assert f"{sizes[0]['PVM - skip'] / 1000:,.1f} kB" in (tmp_path / "ablations" / "report.md").read_text()
+
+    with pytest.raises(UserError, match="none of the models has PVM branches that read the image"):
+        eval_script.main(
+            [
+                "--model",
+                str(base),
+                "--dataset_name",
+                str(data),
+                "--image_kv_cache",
+                "evict",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+    with pytest.raises(UserError, match="cannot be combined with --ablations hidden_image"):
+        eval_script.main(
+            [
+                *flags,
+                "--image_kv_cache",
+                "evict",
+                "--ablations",
+                "hidden_image",
+                "--output_dir",
+                str(tmp_path / "other"),
+            ]
+        )
 
 
 def test_changed_data_is_not_mixed_with_earlier_answers(base, data, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Visual tokens leave the KV cache ("evict") or never enter it ("skip"): as under a mask that hides their columns."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -10,12 +9,14 @@ from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+import eviction_qwen3vl_pvm
 import tiny
-from cache_qwen3vl_pvm import get_visual_memory
+from block_qwen3vl_pvm import CrossAttentionMetadata
+from cache_qwen3vl_pvm import NO_POSITION, get_visual_memory
 from conversations import NEW_TOKENS, Conversation, assert_same_logits, generate
 from eviction_qwen3vl_pvm import CachedTokens
 from test_cache import ROWS, TURNS, ExactlyQuantizedLayer
-from tiny import BATCHES, image, text
+from tiny import BATCHES, branches, image, text
 
 
 def text_mask(conversation: Conversation) -> torch.Tensor:
@@ -256,9 +257,53 @@ def test_unknown_values(model):
 
 
 @pytest.mark.parametrize("dropout", [None, 0.5])
-def test_a_warning_without_image_dropout(dropout, caplog):
+def test_a_warning_without_image_dropout(dropout, monkeypatch):
+    said = []
+    monkeypatch.setattr(eviction_qwen3vl_pvm.logger, "warning_once", said.append)
     model = tiny.build(pvm_training={"method": "pvm", "step": 1, "image_dropout": dropout})
-    logging.getLogger("transformers").propagate = True
-    with caplog.at_level(logging.WARNING):
-        generate(model, tiny.inputs(*BATCHES["one image"]), image_kv_cache="evict")
-    assert ("without image dropout" in caplog.text) == (dropout is None)
+    generate(model, tiny.inputs(*BATCHES["text only"]), image_kv_cache="evict")
+    generate(model, tiny.inputs(*BATCHES["one image"]))
+    assert not said
+    generate(model, tiny.inputs(*BATCHES["one image"]), image_kv_cache="evict")
+    assert any("61.6 points" in sentence for sentence in said) == (dropout is None)
+
+
+# ---------------------------------------------------------------------------------------------- the order of images
+
+
+@pytest.mark.parametrize(("kind", "knows"), [("pvm", False), ("token_gate", False), ("image_order", True)])
+def test_which_image_is_which(kind, knows):
+    """To the published branch images are one bag: exchanged, they change nothing."""
+    block = branches(tiny.build(pvm_block=kind))[0]
+    queries, first, second = (torch.randn(1, length, 32) for length in (3, 4, 8))
+    with torch.no_grad():
+        outputs = [
+            block(queries, torch.cat(images, dim=1), CrossAttentionMetadata(image_index=torch.tensor([numbers])))
+            for images, numbers in (((first, second), [0] * 4 + [1] * 8), ((second, first), [0] * 8 + [1] * 4))
+        ]
+    assert ((outputs[0] - outputs[1]).abs().max() > 1e-3) == knows
+
+
+def test_numbers_of_images(model):
+    """The same in one pass, turn by turn, and in rows that have other images."""
+    turns = [
+        [[text(3), image(), text(2, 1), image(4, 8, 1)], [text(4, 4)], [image(8, 8, 7), text(2, 5)]],
+        [[image(seed=2), text(3, 3)], [image(seed=8), text(2, 1), image(seed=9)], [text(3, 9)]],
+    ]
+    conversation = Conversation(model, *turns)
+    for _ in turns:
+        conversation.next_turn()
+    memory = get_visual_memory(conversation.cache)
+    found = [
+        index[places != NO_POSITION].tolist()
+        for index, places in zip(memory.image_index, memory.positions, strict=True)
+    ]
+    assert found == [[0] * 4 + [1] * 8 + [2] * 4, [0] * 4 + [1] * 4, [0] * 16]
+
+
+@pytest.mark.parametrize("turns", ["an image each", "rows that differ"])
+def test_image_order_turn_by_turn(turns):
+    model = tiny.build(pvm_block="image_order")
+    conversation = Conversation(model, *TURNS[turns], image_kv_cache="evict")
+    actual = torch.cat([conversation.next_turn() for _ in conversation.turns], dim=1)
+    assert_same_logits(actual, conversation.at_once(), text_mask(conversation))

@@ -1,14 +1,15 @@
 """
 Ablations: what is removed from a model while it answers, to see what its answers depend on.
 
-They change nothing of the model, only the `use_pvm` argument, the images, the visual memory in the cache or the
-attention mask.
+They change nothing of the model, only arguments of the forward pass, the images, the visual memory in the cache or
+the attention mask.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,11 +31,13 @@ ABLATIONS = {
     "another_image": "the images are those of another row",
     "another_memory": "branches attend to the images of another row, self-attention to the row's own",
     "hidden_image": "text after the last image cannot attend to the images in self-attention; the branches can",
+    "evict": "the images leave the KV cache after the prompt; the branches remember them",
+    "skip": "the images never enter the decoder; only the branches see them",
     "blind": "text after the last image cannot attend to the images, neither in self-attention nor in the branches",
 }
 # What an ablation needs or changes. Videos are supported by those of branches only.
-OF_BRANCHES = ("branch_off", "branch_alone")
-OF_MEMORY = ("another_memory", "hidden_image")
+OF_BRANCHES = ("branch_off", "branch_alone", "evict", "skip")
+OF_MEMORY = ("another_memory", "hidden_image", "evict", "skip")
 CHANGED_IMAGES = ("blank_image", "another_image", "another_memory")
 # The prompt is processed in two parts, the second of which is the text after the last image.
 IN_TWO_PARTS = ("another_memory", "hidden_image", "blind")
@@ -57,9 +60,13 @@ class Ablation:
         return "" if self.kind == "none" else f" - {self.kind.replace('_', ' ')}{layer}"
 
     @property
-    def use_pvm(self) -> bool | list[int]:
-        """The model's argument."""
-        return [self.layer] if self.kind == "branch_alone" else self.kind not in ("branch_off", "blind")
+    def model_kwargs(self) -> dict[str, Any]:
+        """Arguments of the forward pass, if they are not the default. Only models with branches take them."""
+        if self.kind in ("evict", "skip"):
+            return {"image_kv_cache": self.kind}
+        if self.kind == "branch_alone":
+            return {"use_pvm": [self.layer]}
+        return {"use_pvm": False} if self.kind in ("branch_off", "blind") else {}
 
 
 INTACT = Ablation()
@@ -201,15 +208,13 @@ def generate_in_two_parts(
     if ablation.kind in ("hidden_image", "blind"):
         mask[batch["mm_token_type_ids"] > 0] = 0
 
-    # The stock class does not accept `use_pvm`.
-    use_pvm = {} if ablation.use_pvm is True else {"use_pvm": ablation.use_pvm}
     tokens, position_ids = batch["input_ids"][:, -distance:], positions[..., -distance:]
     ends = ends.to(tokens.device)
     answers: list[torch.Tensor] = []
     while len(answers) < max_new_tokens:
         logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, **use_pvm,
-            logits_to_keep=1,
+            input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1,
+            **ablation.model_kwargs,
         ).logits  # fmt: skip
         tokens = logits[:, -1:].argmax(dim=-1)
         if answers:

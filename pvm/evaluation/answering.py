@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import Cache
 
+from cache_qwen3vl_pvm import get_visual_memory
 from pvm.checkpoints.loading import Checkpoint
 from pvm.data.encoding import ConversationCollator
 from pvm.evaluation.ablations import IN_TWO_PARTS, INTACT, Ablation, generate_in_two_parts
 from pvm.evaluation.questions import Prompts
+from variants_qwen3vl_pvm import BLOCKS
 
 
 @dataclass
@@ -22,11 +25,14 @@ class Answer:
     prediction (`str`): the text.
     length (`int`): its tokens, without the end token.
     cut (`bool`): whether it reached its length limit before its end.
+    cache_bytes (`int`, *optional*): of the KV cache and the visual memory in the end; unknown for prompts that are
+        processed in two parts.
     """
 
     prediction: str
     length: int
     cut: bool
+    cache_bytes: int | None = None
 
 
 def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) -> list[list[int]]:
@@ -37,6 +43,25 @@ def make_batches(lengths: Sequence[int], kinds: Sequence[Any], batch_size: int) 
         rows.sort(key=lambda index: lengths[index], reverse=True)
         batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return batches
+
+
+def cache_bytes(cache: Cache, tokens: torch.LongTensor, visual: torch.LongTensor) -> list[int]:
+    """
+    Bytes of the KV cache and the visual memory of each row, without padding.
+
+    Args:
+        tokens (`torch.LongTensor` `[batch]`): of the row, prompt and answer.
+        visual (`torch.LongTensor` `[batch]`): those of images and videos.
+    """
+    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    memory = get_visual_memory(cache)
+    of_branches = [] if memory is None else [*memory.keys.values(), *memory.values.values()]
+    per_token, per_visual_token = (
+        sum(tensor[0, :, 0].nbytes for tensor in tensors) for tensors in (states, of_branches)
+    )
+    if memory is not None and not memory.in_kv_cache:
+        tokens = tokens - visual
+    return (tokens * per_token + visual * per_visual_token).tolist()
 
 
 def read_journal(file: Path) -> dict[int, Answer]:
@@ -67,6 +92,7 @@ def answer(
     ablation: Ablation = INTACT,
     others: Prompts | None = None,
     journal: Path | None = None,
+    image_kv_cache: str = "keep",
 ) -> list[Answer]:
     """
     Greedy answers of a model to all prompts.
@@ -76,6 +102,7 @@ def answer(
         label (`str`): of the progress bar.
         ablation (`Ablation`): what is removed from the model.
         others (`Prompts`, *optional*): the same prompts with images of other rows, for `another_memory`.
+        image_kv_cache (`str`): argument of models with branches that read the image.
         journal (`Path`, *optional*): the file to which each answered batch is appended; answers in it are reused.
     """
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
@@ -85,6 +112,11 @@ def answer(
     splits = [distance or 0 if ablation.kind in IN_TWO_PARTS else 0 for distance in prompts.distances]
     kinds = list(zip(limits, splits))
 
+    model_kwargs = ablation.model_kwargs if checkpoint.description.gates else {}
+    block = checkpoint.description.block
+    if image_kv_cache != "keep" and block is not None and BLOCKS[block].reads_image:
+        model_kwargs = {"image_kv_cache": image_kv_cache, **model_kwargs}
+
     def inputs(prompts: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return {key: value.to(model.device) for key, value in collator([prompts[row] for row in rows]).items()}
 
@@ -93,23 +125,25 @@ def answer(
     left = [rows for rows in batches if not all(row in answers for row in rows)]
     with tqdm(total=len(limits), initial=len(limits) - sum(map(len, left)), desc=label, unit="row") as bar:
         for rows in left:
-            batch, (limit, distance) = inputs(prompts, rows), kinds[rows[0]]
+            batch, (limit, distance), cache = inputs(prompts, rows), kinds[rows[0]], None
             if distance:
                 other = None if others is None else inputs(others, rows)
                 generated = generate_in_two_parts(
                     checkpoint.plain_model, batch, other, distance, ablation, limit, ends
                 ).cpu()
             else:
-                # Only a model with branches accepts `use_pvm`.
-                has_switch = bool(checkpoint.description.gates) and ablation.use_pvm is not True
-                use_pvm = {"use_pvm": ablation.use_pvm} if has_switch else {}
-                generated = model.generate(**batch, max_new_tokens=limit, **use_pvm)
-                generated = generated[:, batch["input_ids"].shape[1] :].cpu()
+                output = model.generate(**batch, max_new_tokens=limit, **model_kwargs, return_dict_in_generate=True)
+                generated = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
+                cache = output.past_key_values
             ended = torch.isin(generated, ends)
             lengths = (ended.cumsum(dim=1) == 0).sum(dim=1).tolist()
             texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            for row, text, length, cut in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist()):
-                answers[row] = Answer(text, length, cut)
+            sizes: list[int | None] = [None] * len(rows)
+            if cache is not None:
+                tokens = batch["attention_mask"].sum(dim=1).cpu() + torch.tensor(lengths)
+                sizes = cache_bytes(cache, tokens, (batch["mm_token_type_ids"] > 0).sum(dim=1).cpu())
+            for row, *parts in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist(), sizes):
+                answers[row] = Answer(*parts)
             if journal is not None:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps({"row": row, **asdict(answers[row])}) + "\n" for row in rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pvm.errors import UserError
-from pvm.evaluation.ablations import ABLATIONS, check_ablations
+from pvm.evaluation.ablations import ABLATIONS, IN_TWO_PARTS, ablations_of, check_ablations
 from pvm.evaluation.matching import MATCHES
 
 
@@ -67,6 +67,14 @@ class EvalArguments:
             + "; ".join(f"`{kind}`, {what}" for kind, what in ABLATIONS.items())
             + ".",
             "choices": tuple(ABLATIONS),
+        },
+    )
+    image_kv_cache: str = field(
+        default="keep",
+        metadata={
+            "help": "What self-attention sees of images in models whose branches read them: `keep`, all; `evict`, "
+            "images leave the KV cache after the prompt; `skip`, they never enter the decoder. Other models see all.",
+            "choices": ("keep", "evict", "skip"),
         },
     )
     match: str = field(
@@ -184,6 +192,12 @@ def check_arguments(arguments: EvalArguments) -> list[Model]:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}.")
+    if arguments.image_kv_cache != "keep":
+        flag = f"--image_kv_cache {arguments.image_kv_cache}"
+        if not any(ablations_of(path, ["skip"])[1:] for path in arguments.model):
+            raise UserError(f"{flag}: none of the models has PVM branches that read the image.")
+        if others := [kind for kind in arguments.ablations if kind in (*IN_TWO_PARTS, "evict", "skip")]:
+            raise UserError(f"{flag} cannot be combined with --ablations {others[0]}.")
     if arguments.scored_pattern is not None:
         try:
             re.compile(arguments.scored_pattern)

@@ -43,6 +43,8 @@ EFFECT = {
     "another_image": "{name} with another image, compared with its own",
     "another_memory": "{name} with its branches attending to another image, compared with its own",
     "hidden_image": "{name} with the image hidden from self-attention, compared with intact",
+    "evict": "{name} with the image out of the KV cache after the prompt, compared with intact",
+    "skip": "{name} with the image never in the decoder, compared with intact",
     "blind": "{name} with the image hidden from self-attention and branches, compared with intact",
 }
 FEW_ROWS = 10  # with fewer an interval is not reported in a sentence

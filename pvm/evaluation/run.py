@@ -249,7 +249,18 @@ class Evaluation:
         ]
         journal = self.progress.journal(label)
         resumed, start = journal.exists(), time.perf_counter()
-        answers = answer(checkpoint, prompts, limits, arguments.batch_size or 32, label, ablation, others, journal)
+        answers = answer(
+            checkpoint,
+            prompts,
+            limits,
+            arguments.batch_size or 32,
+            label,
+            ablation,
+            others,
+            journal,
+            arguments.image_kv_cache,
+        )
+        sizes = [answer.cache_bytes for answer in answers if answer.cache_bytes is not None]
         return {
             "model": {
                 **asdict(description),
@@ -260,6 +271,7 @@ class Evaluation:
                 "ablation": ablation.kind,
                 "intact": None if ablation.kind == "none" else model.name,
                 "gates_on": description.gates_on,
+                "cache_bytes": round(sum(sizes) / len(sizes)) if sizes else None,
                 "answers_cut": sum(answer.cut for answer in answers),
                 "seconds": None if resumed else round(time.perf_counter() - start, 1),
             },

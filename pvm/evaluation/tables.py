@@ -107,7 +107,16 @@ def overall_table(report: dict[str, Any]) -> Table:
         [group, str(result[names[0]]["n"]), *(share(result[name]) for name in names)]
         for group, result in results.items()
     ]
+    sizes = [cache_size(report, name) for name in names]
+    if any(sizes):
+        rows.append(["KV cache per question", "", *sizes])
     return Table("Correct answers", ["questions", "n", *names], rows)
+
+
+def cache_size(report: dict[str, Any], name: str) -> str:
+    """Mean size of the KV cache and the visual memory at the end of an answer, in kilobytes; empty if unknown."""
+    sizes = [model["cache_bytes"] for model in report["models"] if model["name"] == name and model["cache_bytes"]]
+    return f"{sum(sizes) / len(sizes) / 1000:,.1f} kB" if sizes else ""
 
 
 def runs_table(report: dict[str, Any]) -> Table | None:
@@ -195,6 +204,7 @@ def ablation_table(report: dict[str, Any], group: str, name: str) -> Table:
     pieces = scores[name]["by_depth"]["all"]["n"]
     header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "difference"]
     header += [f"{pieces} pieces", "difference"] if pieces else []
+    header.append("KV cache")
     rows = []
     for entry in (name, *ablations_of(report, name)):
         accuracies = [scores[entry]["by_distance"]["bins"][k]["accuracy"] for k in range(len(bins))]
@@ -207,6 +217,7 @@ def ablation_table(report: dict[str, Any], group: str, name: str) -> Table:
         if pieces:
             rows[-1] += [f"{scores[entry]['by_depth']['all']['accuracy']:.1%}"]
             rows[-1] += [difference(change["pieces"]) if change else ""]
+        rows[-1].append(cache_size(report, entry))
     return Table(f"{name}{of_group(group)}", header, rows)
 
 
