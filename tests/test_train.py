@@ -309,6 +309,16 @@ def test_a_resumed_run_has_the_same_base_and_data(moved, resume, change, message
         resume(*moved)
 
 
+def test_without_a_record_of_the_content_names_are_compared(moved, base, pvm_run, tmp_path):
+    """As in checkpoints of earlier versions."""
+    copy = shutil.copytree(pvm_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    settings = json.loads((copy / "run.json").read_text())
+    assert settings.pop("content")
+    (copy / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="that run had --dataset_name"):
+        run(base, moved[1], tmp_path / "run", *RUNS["pvm"], *SAVES, "--resume_from_checkpoint", str(copy))
+
+
 def test_images_that_changed_after_the_check_are_noticed(moved, resume):
     """Their names are all that a data set knows of them."""
     base, data = moved

@@ -75,8 +75,9 @@ def _check_resume(checkpoint: Path, arguments: TrainingArguments, settings: dict
         raise UserError(
             f"{flag}: its {SETTINGS} or {TRAINER_STATE_NAME} is broken ({error}). Resume from an earlier checkpoint."
         ) from error
+    by_content = NAMES if "content" in before else ()  # an earlier version did not record it
     for key, value in settings.items():
-        if key not in NAMES and before.get(key) != value:
+        if key not in by_content and before.get(key) != value:
             raise UserError(
                 f"{flag}: that run had --{key} {before.get(key)}, and this one has {value}. Use the same value, or "
                 "start a new run in another --output_dir."
