@@ -30,8 +30,8 @@ def public_name(name: str) -> dict[str, Any]:
 
 def not_found(name: str, error: Exception) -> UserError:
     """Why a name could not be loaded: what looks like a path is not called a Hub name."""
-    path = Path(name).expanduser()
-    if path.is_absolute() or name.startswith(".") or len(path.parts) != 2 or path.parent.is_dir():
+    path = Path(name)
+    if name.startswith((".", "/", "~")) or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir()):
         return UserError(f"There is no folder {name}, and it is not a name on the Hub.")
     says = str(error).strip().partition("\n")[0]
     return UserError(f"{name} is not a folder, and could not be loaded from the Hub: {says}")
