@@ -23,12 +23,15 @@ from transformers import (
 
 import qwen3vl_real
 import training
+from benchmarks.common import ROPE, SHAPES
+from benchmarks.training_memory import TOWERS
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.encoding import ConversationEncoder
 from pvm.data.forms import to_conversation
 from pvm.errors import UserError
+from pvm.worlds.backbone import CHAT_TEMPLATE
 
 
 IMAGE_TOKEN, VIDEO_TOKEN = 151655, 151656
@@ -177,6 +180,18 @@ def test_a_prompt_ends_where_the_model_goes_on(processor, thinking):
     row = {"messages": turns("What?", "A cat.")}
     assert encode(processor, row, prompt_only=True)[0].endswith("What?<|im_end|>\n<|im_start|>assistant\n")
     assert encode(thinking, row, prompt_only=True)[0].endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_the_demo_s_template_writes_the_same(processor):
+    conversation = to_conversation(
+        {"images": [picture()], "videos": [[picture(), picture()]], "messages": CONVERSATION}
+    )
+    for messages, prompt in ((conversation.messages, False), (conversation.messages[:-1], True)):
+        demo, qwen = (
+            processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt)
+            for template in (CHAT_TEMPLATE, None)
+        )
+        assert demo == qwen
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -360,6 +375,16 @@ def test_names_and_shapes_are_those_of_the_released_checkpoints(size):
     assert (len(weights), 2 * sum(shape.numel() for shape in weights.values())) == RELEASED[size]
     assert sum(shape.numel() for shape in branches.values()) == BRANCH_PARAMETERS[size]
     assert set(weights) == released_names(published)
+
+
+@pytest.mark.parametrize("size", qwen3vl_real.SIZES)
+def test_the_benchmarks_shapes_are_the_released_ones(size):
+    published = qwen3vl_real.config(size)
+    for ours, theirs in ((SHAPES[size]["text_config"], "text_config"), (TOWERS[size], "vision_config")):
+        assert ours.items() <= published[theirs].items()
+    assert SHAPES[size]["tie_word_embeddings"] == published["tie_word_embeddings"]
+    text = published["text_config"]
+    assert ROPE == {**text["rope_scaling"], "rope_theta": text["rope_theta"]}
 
 
 def released_names(config: dict) -> set[str]:
