@@ -335,15 +335,21 @@ def test_weights_can_be_updated(llm, cases, processor, pvm_model):
 # --- other engines ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", ["token_gate", "parallel_mlp"])
-def test_variants_with_speculation_and_without_prefix_caching(cases, processor, tmp_path, block):
-    model = build(block)
+def test_a_control_without_an_image_and_without_prefix_caching(cases, processor, tmp_path):
+    model = build("parallel_mlp")
+    engine = start(save(model, tmp_path), enable_prefix_caching=False)
+    assert max(differences(engine, [case.answered(model, processor) for case in cases[::2]])) < TOLERANCE
+
+
+def test_a_token_gate_with_speculation(cases, processor, tmp_path):
+    """The last engine in this process: where numba has run, which speculation needs, vLLM cannot start another."""
+    model = build("token_gate")
     lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     engine = start(save(model, tmp_path), enable_prefix_caching=False, speculative_config=lookup)
     expected = [case.answered(model, processor) for case in cases[::2]]
-    assert [case.tokens for case in expected] != [case.tokens for case in cases[::2]]
     assert max(differences(engine, expected)) < TOLERANCE
     assert counter(engine, "spec_decode_num_accepted_tokens") > 0
+    assert [case.tokens for case in expected] != [case.tokens for case in cases[::2]]
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +474,7 @@ def check(folder: Path, **options) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),
+        ({"pipeline_parallel_size": 2}, r"`--pipeline-parallel-size` is not supported: .* Use `--tensor-para"),
         ({"ubatch_size": 2}, r"Micro-batch overlap .*is not supported: .* Leave it out"),
         (
             {"video_pruning_rate": 0.5},
@@ -481,7 +487,7 @@ def check(folder: Path, **options) -> None:
     ],
 )
 def test_refused_options(adapter, options, message):
-    with pytest.raises((ValueError, NotImplementedError), match=message):
+    with pytest.raises(ValueError, match=message):
         check(adapter, **options)
 
 

@@ -35,8 +35,6 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             trained.
     """
 
-    supports_pp = False  # visual tokens and their embeddings are known to the first stage only
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = self.config.text_config
@@ -70,9 +68,8 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None) -> torch.Tensor:
         """As the stock model's, which vLLM calls at each step; keeps where visual tokens are."""
-        mask = self.visual_tokens.mask
-        mask.zero_()
-        if is_multimodal is not None:
+        mask = self.visual_tokens.mask.zero_()
+        if multimodal_embeddings is not None and len(multimodal_embeddings) > 0:
             mask[: len(is_multimodal), 0].copy_(is_multimodal, non_blocking=True)
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 

@@ -42,7 +42,15 @@ class ServedCheckpoint(VerifyAndUpdateConfig):
                 f"be served without it. Add `--enable-lora --lora-modules NAME={name}/{config.peft_adapter}` and ask "
                 f"for the model NAME, or merge it: `python -m pvm convert {name} FOLDER --to whole`."
             )
-        if vllm_config.parallel_config.use_ubatching:
+        parallel = vllm_config.parallel_config
+        sizes = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
+        for size in sizes:
+            if getattr(parallel, size) > 1:
+                raise ValueError(
+                    f"`--{size.replace('_', '-')}` is not supported: not all ranks would know the visual tokens. Use "
+                    "`--tensor-parallel-size`."
+                )
+        if parallel.use_ubatching:
             raise ValueError(
                 "Micro-batch overlap (`--enable-dbo`, `--ubatch-size`) is not supported: the branches take the "
                 "visual tokens of a step from one buffer. Leave it out."
