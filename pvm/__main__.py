@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": ("pvm.checkpoints.inspect", "show what a checkpoint is, here or on the Hub, and what is wrong with it"),
     "convert": ("pvm.checkpoints.convert", "convert a checkpoint: whole, adapter, the authors' form"),
     "card": ("pvm.evaluation.card", "put the results of evaluations into a model card"),
+    "serve": ("pvm.serve", "serve a checkpoint with an OpenAI-compatible API, by transformers' own server"),
     "study": ("pvm.study", "compare training methods over learning rates and seeds"),
 }
 
