@@ -28,40 +28,11 @@ from pvm.data.validation import check_rows, load_training_data
 from pvm.errors import SetupError, UserError
 from pvm.evaluation.questions import Prompts, read_questions
 from pvm.training.trainer import PVMTrainingArguments
+from qwen3vl_real import CHAT_TEMPLATES
 
 
 BACKBONE = Path(__file__).parents[1] / "assets" / "digits-backbone"
-
-# The part of Qwen3-VL-Instruct's own template that is used for messages without tools, whose contents are parts.
-QWEN3_VL_TEMPLATE = """\
-{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' }}
-    {%- for content in messages[0].content %}
-        {%- if 'text' in content %}
-            {{- content.text }}
-        {%- endif %}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == "user" or message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- for content in message.content %}
-            {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif content.type == 'video' or 'video' in content %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif 'text' in content %}
-                {{- content.text }}
-            {%- endif %}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+QWEN3_VL_TEMPLATE = (CHAT_TEMPLATES / "qwen3_vl.jinja").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +143,7 @@ def test_the_examples_in_the_documentation(processor, media):
     visual_tokens = [
         (example["mm_token_type_ids"] > 0).sum() for row in examples for example in encoded(processor, media, row)
     ]
-    assert visual_tokens == [16, 16, 16, 16, 32, 48, 32, 0]
+    assert visual_tokens == [16, 16, 16, 16, 16, 16, 16, 32, 48, 32, 0]
 
 
 def test_placeholders_are_in_the_users_texts_only_and_optional():
@@ -210,6 +181,7 @@ def bad(*messages, **columns) -> dict:
         (bad(user("a"), assistant("b"), videos=[[]]), "one of its videos has no frames"),
         (bad(user("a"), assistant([IMAGE])), "message 1 .assistant. has a part of type 'image'"),
         (bad(user([{"type": "sound"}]), assistant("a")), "type 'sound'"),
+        (bad(user([{"type": ["image"]}]), assistant("a")), "part of type .'image'.; use text"),
         (bad(user(["a"]), assistant("a")), "content of message 0 .user. is neither"),
         (bad(user([IMAGE]), assistant("a")), "images: 0, but image placeholders in the messages: 1"),
         (bad(user("<image><image>"), assistant("a"), images=["/a.png"]), "images: 1, but image placeholders .*: 2"),

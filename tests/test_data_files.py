@@ -116,6 +116,12 @@ def test_only_data_files_are_looked_at_for_splits(tmp_path, monkeypatch):
     assert answers(folder / "train.jsonl") == ["train.jsonl"]
 
 
+def test_a_link_to_the_folder_does_not_repeat_its_rows(tmp_path):
+    (tmp_path / "train.jsonl").write_text(row("1"))
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert answers(tmp_path) == ["1"]
+
+
 def test_a_pipe_is_not_a_data_file(tmp_path):
     for name in ("rows.jsonl", "rows"):
         os.mkfifo(tmp_path / name)

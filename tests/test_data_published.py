@@ -9,6 +9,7 @@ import pytest
 from datasets import Value
 from transformers import AutoProcessor
 
+import eval as eval_script
 import published
 import train
 from pvm.data.encoding import ConversationDataset, refuse_special_tokens
@@ -143,6 +144,22 @@ def test_what_is_wrong_with_a_set_is_one_sentence(build, flags, message, tmp_pat
         run(tmp_path / "run", "--dataset_name", *flags.replace("{}", str(folder)).split())
 
 
+def test_published_sets_are_evaluated_on(tmp_path):
+    virl = published.virl39k(tmp_path / "virl")
+    eval_script.main(
+        ["--model", str(BACKBONE), "--dataset_name", str(virl), "--dataset_split", "train", "--max_samples", "2",
+         "--image_root", str(virl / "images.zip"), "--output_dir", str(tmp_path / "report"), "--max_new_tokens", "2",
+         "--diagnostic_rows", "1"]
+    )  # fmt: skip
+    lines = (tmp_path / "report" / "predictions" / "digits-backbone.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reference"] for line in lines] == [r"\boxed{A}"] * 2
+    with pytest.raises(UserError, match=r"row 0: the image .*does not exist: .*images.zip"):
+        eval_script.main(
+            ["--model", str(BACKBONE), "--dataset_name", str(virl), "--dataset_split", "train",
+             "--output_dir", str(tmp_path / "other")]
+        )  # fmt: skip
+
+
 def test_a_changed_layout_names_the_columns(tmp_path):
     rows = [{"question": "a", "solution": "b"}]
     file = published.parquet(tmp_path / "train.parquet", rows, dict.fromkeys(rows[0], Value("string")))
@@ -194,6 +211,7 @@ def test_questions_with_answers(row):
         ({"question": "", "answer": "3"}, "its `question` is empty. Fill it in, or remove the row"),
         ({"problem": " \n", "answer": "3"}, "its `problem` is empty"),
         ({"question": "a", "answer": None}, "its `answer` is empty"),
+        ({"question": "a", "answer": float("nan")}, "its `answer` is empty"),
         ({"question": "a", "answer": " "}, "its `answer` is empty"),
         ({"prompt": [], "answer": "3"}, "its `prompt` does not end with a message from the user"),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "3"},

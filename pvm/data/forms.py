@@ -147,7 +147,7 @@ def _question_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
     if answer is None and isinstance(row.get("reward_model"), dict):
         column, answer = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
+        answer = None if answer != answer else str(answer)  # NaN is a missing value
     for name, value in ((question, row[question]), (column, answer)):
         if value is None or (isinstance(value, str) and not value.strip()):
             raise UserError(f"its `{name}` is empty. Fill it in, or remove the row.")
@@ -178,11 +178,14 @@ def _message(index: int, turn: dict[str, Any], named: dict[str, list]) -> dict[s
     parts = []
     for part in content:
         kind, text = part.get("type"), "" if part.get("text") is None else part["text"]
+        if kind not in ("text", *MEDIA, *URL_PARTS):
+            raise UserError(f"message {index} has a part of type {kind!r}; use text, image, video or image_url.")
         files = {key: _url(part[key]) for key in FILE_KEYS if part.get(key) is not None}
         if kind in URL_PARTS:
             file, kind = files.pop(kind, None), URL_PARTS[kind]
             if not isinstance(file, str) or not file:
                 raise UserError(f"message {index} has a part of type {part['type']!r} without a URL or path.")
+            named[kind].append(file)
         if any(value is not None for value in files.values()):
             raise UserError(
                 f"message {index} names a file in a part of type {part['type']!r}. Name it in the column `images` or "
@@ -190,16 +193,12 @@ def _message(index: int, turn: dict[str, Any], named: dict[str, list]) -> dict[s
             )
         if not isinstance(text, str):
             raise UserError(f"message {index} has a text that is not a string: {text!r}.")
-        if kind not in ("text", *MEDIA):
-            raise UserError(f"message {index} has a part of type {kind!r}; use text, image, video or image_url.")
         if kind == "text" and part.get("text") is None:
             raise UserError(f"message {index} has a part of type 'text' without `text`.")
         if kind in MEDIA and text:
             raise UserError(f"message {index} has a text in a part of type {kind!r}; give it a part of its own.")
         if kind in MEDIA and role != "user":
             raise UserError(f"message {index} ({role}) has a part of type {kind!r}, which only users can send.")
-        if part["type"] in URL_PARTS:
-            named[kind].append(file)
         if kind in MEDIA or text:
             parts.append({"type": kind} if kind in MEDIA else {"type": "text", "text": text})
     if role == "assistant" and not any(part["text"].strip() for part in parts):

@@ -57,9 +57,9 @@ def media_file(value: Any, kind: str, root: Path | None = None, allow_urls: bool
     if scheme == "data":
         return {"path": None, "bytes": _data(path, kind)}
     if scheme == "file":
-        if urlsplit(path).netloc not in ("", "localhost"):
+        host, path = _file_uri(path, kind)
+        if host not in ("", "localhost"):
             raise UserError(f"the {kind} {shown} is on another machine; name a file of this one.")
-        path = unquote(urlsplit(path).path)
     elif "://" in path:
         if scheme not in REMOTE or kind != "image":
             raise UserError(f"the {kind} {shown} is a URL that cannot be read. Download the file and give its path.")
@@ -206,7 +206,9 @@ def _source(file: dict[str, Any], kind: str) -> str | BytesIO:
 
 def _zipped(path: str, kind: str) -> BytesIO:
     """The content of /folder/images.zip/image.png: a file in an archive, named as if that were a folder."""
-    archive = next(parent for parent in Path(path).parents if parent.is_file())
+    archive = next((parent for parent in Path(path).parents if parent.is_file()), None)
+    if archive is None:  # but a pipe or device
+        raise _missing(path, kind)
     try:
         return BytesIO(_archive(str(archive), os.getpid()).read(Path(path).relative_to(archive).as_posix()))
     except KeyError as error:
@@ -234,6 +236,15 @@ def _missing(path: str, kind: str) -> UserError:
 def _archives(folder: Path) -> list[str]:
     """The zip files in a folder; looked up once, because there may be 50,000 images beside, and as many rows."""
     return sorted(str(file) for file in folder.glob("*.zip")) if folder.is_dir() else []
+
+
+def _file_uri(uri: str, kind: str) -> tuple[str, str]:
+    """Host and path."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"the {kind} {uri[:SHOWN]} is not a valid file: URI: {error}.") from error
+    return parts.netloc, unquote(parts.path)
 
 
 def _data(uri: str, kind: str) -> bytes:

@@ -450,12 +450,14 @@ def undecoded(features: Features) -> Features:
 
 def _folder_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
     """The format of the data files in a folder, and the files by split, as patterns; other files are ignored."""
-    found = {
-        Path(parent, file).relative_to(folder)
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if Path(file).suffix in FILE_FORMATS and Path(parent, file).is_file()
-    }
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # a link to a folder above would repeat its rows
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = [Path(parent, file) for file in files if Path(file).suffix in FILE_FORMATS]
+        found += [path.relative_to(folder) for path in paths if path.is_file()]
     if not found:
         raise UserError(f"{folder} contains no {', '.join(FILE_FORMATS)} file. Give the name of one file.")
     # The rules of `datasets` for splits go through a folder many times: they get one without its 50,000 images.
