@@ -270,6 +270,7 @@ DAMAGE = [
     (write(None, ADAPTER_WEIGHTS_NAME), "There is no model.pvm.safetensors"),
     (pipe(ADAPTER_WEIGHTS_NAME), "There is no model.pvm.safetensors"),
     (pipe("modeling_qwen3vl_pvm.py"), "There is no modeling_qwen3vl_pvm.py"),
+    (pipe("generation_config.json"), "generation_config.json is neither a file nor a folder"),
     (write(b"\xff", "rope_qwen3vl_pvm.py"), "rope_qwen3vl_pvm.py: 'utf-8' codec"),
     (write("x", "adapter_model.bin"), "adapter_model.bin is a pickle"),
     (write("{}", "adapter_config.json"), "holds a PVM checkpoint and a PEFT adapter"),

@@ -92,6 +92,8 @@ def inspect(name: str, revision: str = "main") -> Inspection:
         UserError: if there is none.
     """
     files, found, kind = list_files(name, revision), Inspection(name), None
+    odd = [path.name for path in sorted(Path(name).glob("*")) if not (path.is_file() or path.is_dir())]
+    found.report([f"{file} is neither a file nor a folder, and is not read." for file in odd if files.local])
     with found.part(RECORD):
         found.record = files.json(RECORD)
     with found.part(CONFIG_NAME):
