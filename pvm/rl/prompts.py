@@ -16,6 +16,9 @@ from pvm.evaluation import matching
 from pvm.evaluation.matching import check_reference
 
 
+CODE = sorted(Path(matching.__file__).parent.glob("*.py"))
+
+
 def longest_prompt(config: PreTrainedConfig, max_length: int | None, completion: int, window: int | None) -> int:
     """
     The most tokens of a prompt that leave room for a completion.
@@ -45,13 +48,13 @@ class PromptCheck:
     match (`str`): how answers are compared.
     image_tokens (`int` or `None`): the most tokens of an image.
     merge_size (`int`): of the image processor.
-    code (`str`): of the comparison, because results of checks are cached.
+    code (`list[str]`): of the comparison, because results of checks are cached.
     """
 
     match: str
     image_tokens: int | None
     merge_size: int
-    code: str = field(default_factory=lambda: Path(matching.__file__).read_text("utf-8"), repr=False)
+    code: list[str] = field(default_factory=lambda: [file.read_text("utf-8") for file in CODE], repr=False)
 
     def __call__(self, conversation: Conversation, example: dict[str, torch.Tensor]) -> None:
         """
