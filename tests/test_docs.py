@@ -30,7 +30,8 @@ def test_a_chat_on_one_cache():
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(BACKBONE, config=config).eval()
     set_gates(model, 0.5)
     images = [Image.effect_noise(size, 80).convert("RGB") for size in [(32, 32), (48, 32)]]
-    (chat,) = code("docs/generation.md")
+    evict, chat = code("docs/generation.md")
+    exec(evict, {"model": model, "inputs": {"input_ids": torch.tensor([[5, 6]]), "max_new_tokens": 2}})
     names = {"model": model, "processor": processor, "first_image": images[0], "second_image": images[1]}
     exec(chat, names)
 

@@ -52,7 +52,8 @@ def report() -> dict:
             "ablation": entry.name.partition(" - ")[2].replace(" ", "_") or "none", "path": "runs/x",
             "kind": "pvm" if "PVM" in entry.name else "stock",
             "block": "pvm" if "PVM" in entry.name else None, "model_class": "C", "parameters": 1, "base": None,
-            "gates": {}, "gates_on": None, "method": None, "answers_cut": 0, "seconds": 1.0, "dtype": "float32",
+            "gates": {}, "gates_on": None, "method": None, "answers_cut": 0, "cache_bytes": None, "seconds": 1.0,
+            "dtype": "float32",
             "commit": None,
         }
         for entry in entries

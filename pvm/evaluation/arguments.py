@@ -82,7 +82,8 @@ class EvalArguments:
         metadata={
             "help": "When an answer is correct: it is the reference's text, ignoring case and spaces (`exact`), "
             "chooses the same option (`choice`: B, (B), The answer is B), gives the same number (`number`), or is the "
-            "same mathematical object in LaTeX or plain text (`math`, needs math-verify).",
+            "same mathematical object in LaTeX or plain text (`math`, needs math-verify). An answer that commits to "
+            "several things is ambiguous, and counts as wrong.",
             "choices": tuple(MATCHES),
         },
     )

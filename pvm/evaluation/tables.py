@@ -204,9 +204,10 @@ def ablation_table(report: dict[str, Any], group: str, name: str) -> Table:
     pieces = scores[name]["by_depth"]["all"]["n"]
     header = ["", *(f"at {bin_label(span)}" for span in bins), f"all {scores[name]['accuracy']['n']}", "difference"]
     header += [f"{pieces} pieces", "difference"] if pieces else []
-    header.append("KV cache")
+    sizes = [cache_size(report, entry) for entry in (name, *ablations_of(report, name))]
+    header += ["KV cache"] if any(sizes) else []
     rows = []
-    for entry in (name, *ablations_of(report, name)):
+    for entry, size in zip((name, *ablations_of(report, name)), sizes):
         accuracies = [scores[entry]["by_distance"]["bins"][k]["accuracy"] for k in range(len(bins))]
         accuracies.append(scores[entry]["accuracy"]["accuracy"])
         what = "intact" if entry == name else entry.removeprefix(f"{name} - ")
@@ -217,7 +218,7 @@ def ablation_table(report: dict[str, Any], group: str, name: str) -> Table:
         if pieces:
             rows[-1] += [f"{scores[entry]['by_depth']['all']['accuracy']:.1%}"]
             rows[-1] += [difference(change["pieces"]) if change else ""]
-        rows[-1].append(cache_size(report, entry))
+        rows[-1] += [size] if any(sizes) else []
     return Table(f"{name}{of_group(group)}", header, rows)
 
 
