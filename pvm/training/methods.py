@@ -132,7 +132,7 @@ def model_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise UserError(f"--model_revision {revision} is for Hub checkpoints, and {name} is a folder. Leave it out.")
 
     stored = stored_config(name, revision)
-    has_branches = "pvm_layers" in stored.get("text_config", {})
+    has_branches = "pvm_layers" in (stored.get("text_config") or {})
     if arguments.has_branches:
         try:
             return _config_with_branches(arguments, has_branches)
