@@ -18,8 +18,21 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 
 IMAGE_TOKEN = 151655
 REAL = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
-# Text decoders of the released models, and a small one for CPUs.
+# Text decoders of the released models, a small one for CPUs, and one to see that a benchmark runs.
 SHAPES = {
+    "tiny": {
+        "text_config": {
+            "vocab_size": 2000,
+            "head_dim": 128,
+            "num_key_value_heads": 1,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+        },
+        "pvm_hidden_size": 256,
+        "tie_word_embeddings": True,
+    },
     "cpu": {
         "text_config": {
             **REAL,
@@ -77,11 +90,12 @@ ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A command line with shape, device and dtype of the model."""
+    """A command line with shape, device, dtype and attention of the model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="cpu: 12 layers, hidden size 1,024")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     return parser
 
 
@@ -130,6 +144,8 @@ def build(
     stock.model.visual.rotary_pos_emb = branched.model.visual.rotary_pos_emb
     for block in pvm_blocks(branched).values():
         torch.nn.init.constant_(block.gate_alpha, 0.1)
+    for model in (stock, branched):
+        model.set_attn_implementation(args.attn_implementation)
     return stock, branched
 
 
@@ -194,6 +210,6 @@ def print_environment(args: argparse.Namespace, branched: torch.nn.Module) -> No
         language += parameter_bytes(branched.lm_head)
     print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}")
     print(
-        f"shape {args.shape}, {args.dtype}: branches in layers {branched.config.text_config.pvm_layers}, "
-        f"{added / language:.1%} more parameters than the stock decoder\n"
+        f"shape {args.shape}, {args.dtype}, {args.attn_implementation}: branches in layers "
+        f"{branched.config.text_config.pvm_layers}, {added / language:.1%} more parameters than the stock decoder\n"
     )

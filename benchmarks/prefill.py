@@ -44,23 +44,25 @@ def prefill(model: torch.nn.Module, visual_tokens: int) -> None:
     )
 
 
-@torch.no_grad()
-def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
+def image_prompt(model: torch.nn.Module, visual_tokens: int) -> dict[str, torch.Tensor]:
+    """Inputs of `generate()`: an image and text."""
     vision, device = model.config.vision_config, model.device
     patches, rows = visual_tokens * vision.spatial_merge_size**2, 2 * vision.spatial_merge_size
     patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     input_ids = torch.full((1, visual_tokens + TEXT_TOKENS), 9, device=device)
     input_ids[:, :visual_tokens] = model.config.image_token_id
-    model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        mm_token_type_ids=(input_ids == model.config.image_token_id).int(),
-        pixel_values=torch.randn(patches, patch_size, device=device, dtype=model.dtype),
-        image_grid_thw=torch.tensor([[1, rows, patches // rows]], device=device),
-        max_new_tokens=1,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == model.config.image_token_id).int(),
+        "pixel_values": torch.randn(patches, patch_size, device=device, dtype=model.dtype),
+        "image_grid_thw": torch.tensor([[1, rows, patches // rows]], device=device),
+    }
+
+
+@torch.no_grad()
+def first_token(model: torch.nn.Module, visual_tokens: int) -> None:
+    model.generate(**image_prompt(model, visual_tokens), max_new_tokens=1, do_sample=False, pad_token_id=0)
 
 
 def measure(

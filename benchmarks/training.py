@@ -2,15 +2,16 @@
 Cost of a training step: PVM, LoRA (rank 16, all linear layers of the language model) and full fine-tuning.
 
     python -m benchmarks.training
-    python -m benchmarks.training --shape 8B --device cuda --dtype bfloat16 --visual_tokens 1024
+    python -m benchmarks.training --shape 8B --device cuda --dtype bfloat16 --visual_tokens 1024 --methods PVM LoRA
 
 A step is forward and backward of one conversation with train.py's loss, and AdamW. "Kept for backward" are the bytes
 that autograd holds after the forward pass, without parameters. Steps of the methods are interleaved. Prints medians,
 and ratios to LoRA. "PVM, no image" is a step that image dropout hides the image in; with `--image_dropout 0.5` a mean
-step is the mean of both kinds.
+step is the mean of both kinds. On a GPU, "peak" is what a step allocates at most, beside weights and optimizer.
 """
 
 import statistics
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +26,7 @@ from pvm.training.trainer import loss_of_predictions, predictions
 
 
 WARM_UP = 1
+METHODS = ["PVM", "LoRA", "full"]
 
 
 def batch_of(model: torch.nn.Module, visual_tokens: int, text_tokens: int) -> dict[str, torch.Tensor]:
@@ -68,11 +70,24 @@ def saved_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def peak(function: Callable[[], object]) -> int:
+    """The bytes on the GPU that `function` allocates at most."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def main() -> None:
     command_line = parser(__doc__)
     command_line.add_argument("--visual_tokens", type=int, default=256)
     command_line.add_argument("--text_tokens", type=int, default=256)
     command_line.add_argument("--steps", type=int, default=6, help="of each method")
+    command_line.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="LoRA is always measured, for the ratios"
+    )
     args = command_line.parse_args()
     stock, pvm = build(args)
     print_environment(args, pvm)
@@ -80,11 +95,14 @@ def main() -> None:
     pvm.requires_grad_(False)
     for block in pvm_blocks(pvm).values():
         block.requires_grad_(True).float()
-    full, _ = build(args)
     lora = get_peft_model(stock.requires_grad_(False), LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS))
-    methods = {"PVM": pvm, "PVM, no image": pvm, "LoRA": lora, "full": full.requires_grad_(True)}
+    methods = {"LoRA": lora}
+    if "PVM" in args.methods:
+        methods |= {"PVM": pvm, "PVM, no image": pvm}
+    if "full" in args.methods:
+        methods["full"] = build(args)[0].requires_grad_(True)
     batch = batch_of(pvm, args.visual_tokens, args.text_tokens)
-    batches = dict.fromkeys(methods, batch) | {"PVM, no image": without_image(pvm, batch)}
+    batches = {name: without_image(pvm, batch) if name == "PVM, no image" else batch for name in methods}
     optimizers = {
         name: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
         for name, model in methods.items()
@@ -103,8 +121,10 @@ def main() -> None:
     medians = {name: statistics.median(taken[WARM_UP:]) for name, taken in times.items()}
     saved = {name: saved_bytes(model, batches[name]) for name, model in methods.items()}
     trained = {name: count_parameters(model)[-1].trainable for name, model in methods.items()}
-    for numbers in (medians, saved, trained):
-        numbers["PVM, dropout 0.5"] = (numbers["PVM"] + numbers["PVM, no image"]) / 2
+    peaks = {name: peak(lambda name=name: step(name)) for name in methods} if args.device == "cuda" else {}
+    if "PVM" in methods:
+        for numbers in (medians, saved, trained):
+            numbers["PVM, dropout 0.5"] = (numbers["PVM"] + numbers["PVM, no image"]) / 2
     rows = [
         [
             name,
@@ -113,10 +133,13 @@ def main() -> None:
             f"{medians[name] / medians['LoRA']:.2f}",
             f"{saved[name] / 2**20:,.1f}",
             f"{saved[name] / saved['LoRA']:.2f}",
+            *([f"{peaks[name] / 2**30:.2f}" if name in peaks else ""] if peaks else []),
         ]
         for name in ("PVM", "PVM, no image", "PVM, dropout 0.5", "LoRA", "full")
+        if name in medians
     ]
     headings = ["", "trained", "step, ms", "of LoRA", "kept for backward, MiB", "of LoRA"]
+    headings += ["peak, GiB"] if peaks else []
     title = f"A training step, {args.visual_tokens:,} visual and {args.text_tokens:,} text tokens, {args.steps} steps"
     print_table(title, headings, rows)
 

@@ -35,7 +35,7 @@ def kept_per_token(shape: str, method: str) -> tuple[float, float]:
     """Bytes kept for backward per token: by a layer without a branch, and by the rest, the layer with one included."""
     kept = []
     for layers in (2, 3):
-        args = argparse.Namespace(shape=shape, device="cpu", dtype="bfloat16")
+        args = argparse.Namespace(shape=shape, device="cpu", dtype="bfloat16", attn_implementation="sdpa")
         stock, model = build(args, depth=1, num_hidden_layers=layers, pvm_layers=[0], vocab_size=2000)
         batch = batch_of(model, VISUAL, TEXT)
         batch["labels"][:, :-1] = -100  # logits are counted separately
