@@ -30,6 +30,22 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
 
 NEW_TOKENS = 8
+# `python -m pvm`, with Pillow to decode images where torchvision lacks its compiled part, as beside some CPU builds.
+SERVER = """
+import io, sys
+import pvm, torch, torchvision.io
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+png = io.BytesIO()
+Image.new("RGB", (8, 8)).save(png, "PNG")
+try:
+    torchvision.io.decode_image(torch.frombuffer(bytearray(png.getvalue()), dtype=torch.uint8))
+except RuntimeError:
+    torchvision.io.decode_image = lambda data, mode: pil_to_tensor(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
+from pvm.__main__ import main
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +65,7 @@ def url(adapter, tmp_path_factory) -> Iterator[str]:
     """A running `python -m pvm serve`."""
     port = 18000 + os.getpid() % 1000
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "pvm", "serve", str(adapter), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", SERVER, "serve", str(adapter), "--port", str(port), "--device", "cpu"]
     with open(log, "w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent)
     try:
@@ -71,9 +87,8 @@ def image(index: int) -> Image.Image:
 
 
 def chat(images: list[Image.Image], text: str) -> list[dict]:
-    return [
-        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
-    ]
+    parts = [{"type": "image", "image": picture} for picture in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def ask(url: str, name: Path, images: list[Image.Image], text: str) -> str:
