@@ -1,4 +1,5 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
+# make pipeline  both stages on the embedded default, evaluated (docs/recipe.md)
 # make test      run the tests
 # make study     PVM and its controls at five seeds, with a report: under two hours, resumable; make variants: one more
 # make style     format the code;   make quality: check it
@@ -21,22 +22,30 @@ VLLM_VENV ?= $(VENV)-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # The demo's models are so small that a second thread costs more than it brings.
-demo study variants backbone test: export OMP_NUM_THREADS ?= 1
+demo pipeline study variants backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-demo study variants backbone test: export HF_HUB_OFFLINE ?= 1
+demo pipeline study variants backbone test: export HF_HUB_OFFLINE ?= 1
 # Freed memory is kept, and not given back to the system and asked for again in every step.
-demo study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
-demo study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+demo pipeline study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
+demo pipeline study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
 
-.PHONY: demo study variants test style quality backbone benchmarks
+.PHONY: demo pipeline study variants test style quality backbone benchmarks
 
 demo: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
 	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.pvm.safetensors
 	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
+
+pipeline: $(INSTALLED) data/digits/test.parquet
+	@mkdir -p runs
+	$(MAKE) runs/digits_pvm/model.pvm.safetensors
+	$(MAKE) runs/digits_grpo/model.pvm.safetensors
+	$(RUN) eval.py --config recipes/digits_pipeline_eval.yaml --overwrite true
+	$(RUN) -m pvm card runs/digits_grpo --report runs/digits_pipeline_eval/report.json
+	$(RUN) -m pvm inspect runs/digits_grpo
 
 study variants: $(INSTALLED) data/digits/test.parquet
 	$(RUN) -m pvm study --config recipes/digits_$@.yaml --jobs 2
@@ -101,6 +110,9 @@ data/backbone/train.parquet:
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))
+
+runs/digits_grpo/model.pvm.safetensors:
+	$(RUN) grpo.py --config recipes/digits_grpo.yaml $(call resume,$(@D))
 
 # Beside the trainings above, so its progress goes to a file.
 runs/digits_lora/adapter_model.safetensors:

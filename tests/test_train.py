@@ -646,11 +646,11 @@ def test_training_goes_on_from_a_pvm_checkpoint(pvm_run):
 # Recipes that ship
 
 
-# Of train.py; recipes of evaluations and studies are tested with them.
+# Of train.py; recipes of evaluations, studies and GRPO are tested with them.
 RECIPES = [
     path
     for path in sorted((ROOT / "recipes").glob("*.yaml"))
-    if path.stem.split("_")[1] not in ("eval", "study", "variants")
+    if {"eval", "study", "variants", "grpo"}.isdisjoint(path.stem.split("_"))
 ]
 
 
