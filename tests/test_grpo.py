@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,24 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 
+import eval as evaluation
 import grpo
 import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
+from pvm.arguments import parse_arguments
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.checkpoints.record import read_record
+from pvm.data.sources import DataArguments
 from pvm.errors import UserError
+from pvm.evaluation import card as card_module
 from pvm.rl import trainer as trainer_module
 from pvm.rl.policy import PolicyArguments, load_policy
 from pvm.rl.rewards import format_reward
 from pvm.rl.rollouts import SampledLogProbs, collapsed
+from pvm.rl.trainer import GRPOArguments
 from pvm.training.saving import MASTER_WEIGHTS
-from training import run, weights
+from training import ROOT, run, weights
 
 
 FLAGS = (
@@ -307,7 +313,7 @@ def test_accuracy_counts_the_answer(text, reward):
 
 
 def test_the_papers_reward_is_the_default():
-    arguments = trainer_module.GRPOArguments(output_dir="unused", use_cpu=True)
+    arguments = GRPOArguments(output_dir="unused", use_cpu=True)
     assert dict(zip(arguments.reward_functions, arguments.reward_weights)) == {
         "accuracy_reward": 0.9,
         "format_reward": 0.1,
@@ -383,3 +389,52 @@ def test_frozen_means_frozen(starts):
     trainable = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trainable) == 3 * 15 and set(trainable.values()) == {torch.float32}
     assert len(tiny.branches(model)) == 3
+
+
+# Recipes and the pipeline
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*_grpo.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe):
+    flags = ["--config", str(recipe), "--use_cpu", "true"]
+    flags += [] if "\ndataset_name:" in recipe.read_text() else ["--dataset_name", "mine", "--use_vllm", "false"]
+    policy, _, training = parse_arguments((PolicyArguments, DataArguments, GRPOArguments), "", flags)
+    first = ROOT / "recipes" / recipe.name.replace("_grpo", "_pvm" if "digits" in recipe.stem else "_sft")
+    assert f"output_dir: {policy.model_name_or_path}\n" in first.read_text()
+    if "qwen3" in recipe.stem:  # the paper's 64 completions a step on 8 GPUs
+        assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
+        assert (training.num_generations, training.max_completion_length, policy.trains) == (
+            8,
+            16_384,
+            "language_model+branches",
+        )
+
+
+def test_the_pipeline(base, starts, conversations, tmp_path, monkeypatch):
+    """The commands of `make pipeline` after the first stage, with its recipes, on other data."""
+    monkeypatch.chdir(tmp_path)
+    made = subprocess.run(["make", "-n", "-C", ROOT, "pipeline"], capture_output=True, text=True, check=True).stdout
+    for command in ("grpo.py --config recipes/digits_grpo.yaml", "eval.py --config recipes/digits_pipeline_eval.yaml"):
+        assert command in made
+    file = conversations.with_name("tasks.jsonl")
+    rows = [{**json.loads(line), "task": "cell"} for line in conversations.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, first, second = str(file), str(starts["pvm"]), str(tmp_path / "runs" / "digits_grpo")
+    config = ["--config", str(ROOT / "recipes" / "digits_grpo.yaml")]
+    less = [
+        "--max_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "8",
+        "--max_completion_length",
+        "4",
+    ]
+    grpo.main([*config, "--model_name_or_path", first, "--dataset_name", data, "--output_dir", second, *less])
+    config = ["--config", str(ROOT / "recipes" / "digits_pipeline_eval.yaml"), "--model", str(base), first, second]
+    names = ["--dataset_name", data, "--dataset_split", "train", "--output_dir", "runs/eval"]
+    evaluation.main([*config, *names, "--max_samples", "4"])
+    card_module.main([second, "--report", "runs/eval/report.json"])
+    card = Path(second, "README.md").read_text()
+    assert "Stage 2, GRPO:" in card and "PVM+GRPO" in card.partition("## Results")[2]
