@@ -17,6 +17,7 @@ import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.arguments import parse_arguments
+from pvm.checkpoints import inspect
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.checkpoints.record import read_record
 from pvm.data.sources import DataArguments
@@ -164,7 +165,7 @@ def test_checkpoints_hold_what_was_trained(trained, base, trains):
         assert (training["previous"]["method"], training["previous"]["step"]) == ("pvm", 4)
 
 
-def test_record_and_card_know_both_stages(trained):
+def test_record_card_and_inspection_know_both_stages(trained, capsys):
     record = read_record(trained("branches"))
     assert (record["stage"], record["previous"]["stage"]) == ("grpo", "sft")
     assert record["last_reward"] == history(trained("branches"))[-1]["reward"]
@@ -172,6 +173,9 @@ def test_record_and_card_know_both_stages(trained):
     card = (trained("branches") / "README.md").read_text()
     assert "Stage 1, supervised fine-tuning:" in card and "Stage 2, GRPO:" in card
     assert card.index("Stage 1") < card.index("Stage 2") < card.index("## Results")
+    inspect.main([str(trained("branches"))])
+    stages = [line.split()[-2] for line in capsys.readouterr().out.splitlines() if line.startswith("│ stage ")]
+    assert stages == ["sft", "grpo"]
 
 
 def test_float32_branches_over_a_bfloat16_model(run_grpo, tmp_path):

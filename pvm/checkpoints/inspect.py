@@ -276,9 +276,12 @@ def show(found: Inspection, console: Terminal) -> None:
     }
     console.print(found.name, style="bold")
     console.print(_table(facts))
-    if found.record:
+    stages = [found.record] if found.record else []
+    while isinstance(stages[-1:] and stages[-1].get("previous"), dict):
+        stages.append(stages[-1]["previous"])
+    for record in reversed(stages):
         console.print(RECORD)
-        console.print(_table(found.record))
+        console.print(_table({**record, "previous": None}))
     table = Table()
     for heading in ("file", "bytes", "SHA-256"):
         table.add_column(heading, justify="right" if heading == "bytes" else "left", overflow="fold")
