@@ -22,22 +22,20 @@ VLLM_VENV ?= $(VENV)-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # The demo's models are so small that a second thread costs more than it brings.
-demo pipeline study variants backbone test: export OMP_NUM_THREADS ?= 1
+pipeline study variants backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-demo pipeline study variants backbone test: export HF_HUB_OFFLINE ?= 1
+pipeline study variants backbone test: export HF_HUB_OFFLINE ?= 1
 # Freed memory is kept, and not given back to the system and asked for again in every step.
-demo pipeline study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
-demo pipeline study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+pipeline study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
+pipeline study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
 
 .PHONY: demo pipeline study variants test style quality backbone benchmarks
 
-demo: $(INSTALLED) data/digits/test.parquet
-	@mkdir -p runs
-	$(MAKE) -j2 runs/digits_lora/adapter_model.safetensors runs/digits_pvm/model.pvm.safetensors
-	$(RUN) eval.py --config recipes/digits_eval.yaml --overwrite true
+demo: $(INSTALLED)
+	$(RUN) -m pvm demo
 
 pipeline: $(INSTALLED) data/digits/test.parquet
 	@mkdir -p runs
@@ -113,9 +111,3 @@ runs/digits_pvm/model.pvm.safetensors:
 
 runs/digits_grpo/model.pvm.safetensors:
 	$(RUN) grpo.py --config recipes/digits_grpo.yaml $(call resume,$(@D))
-
-# Beside the trainings above, so its progress goes to a file.
-runs/digits_lora/adapter_model.safetensors:
-	@echo "The LoRA control trains in parallel; its progress is in $(@D).log"
-	@$(RUN) train.py --config recipes/digits_lora.yaml $(call resume,$(@D)) > $(@D).log 2>&1 \
-		|| (tail -n 5 $(@D).log; exit 1)

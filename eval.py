@@ -1,66 +1,12 @@
-"""
-Evaluate one or several checkpoints on the same questions: accuracy, what answers depend on, what happens inside.
+"""`python eval.py` in a clone is `pvm eval`, which `--help` explains."""
 
-The embedded default, after train.py has made the two checkpoints (no GPU, no network):
+import sys
 
-    python eval.py --config recipes/digits_eval.yaml
-
-Your own conversations (a file, a folder or a Hub name; docs/data.md shows the forms of rows):
-
-    python eval.py --model Qwen/Qwen3-VL-8B-Instruct runs/qwen3-vl-8b-pvm --names base PVM \\
-        --dataset_name my_data --dataset_split test --output_dir runs/my_eval \\
-        --ablations branch_off another_memory hidden_image blind
-
-A checkpoint is a stock Qwen3-VL, a PVM model (of this project or the authors') or a PEFT adapter. The last assistant
-turn of a row is the reference answer. Results: report.html (self-contained), report.md with its pictures, report.json,
-and predictions/ (every answer). The same command resumes an interrupted evaluation.
-
-Public benchmarks, through lmms-eval (docs/benchmarks.md):
-
-    python eval.py --model Qwen/Qwen3-VL-8B-Instruct runs/qwen3-vl-8b-pvm --names base PVM \\
-        --tasks mmstar,mathvision_testmini --temperature 0.7 --runs 3 --output_dir runs/my_benchmarks
-"""
-
-import pvm  # noqa: F401, I001  (first: it makes torchvision importable where its compiled operators are missing)
-
-from pathlib import Path
-
-from pvm.arguments import parse_arguments, refuse_flags
-from pvm.errors import UserError, ends_in_a_sentence
-from pvm.evaluation.arguments import WITH_TASKS, EvalArguments, check_arguments
-from pvm.evaluation.report import checkpoint_lines, findings, remarks, rich_tables
-from pvm.evaluation.run import evaluate
-from pvm.files import locked
-from pvm.lmms.run import BenchmarkArguments, run_benchmarks
-from pvm.terminal import Terminal
+from pvm.__main__ import main as pvm
+from pvm.eval import main
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args, benchmarks = parse_arguments((EvalArguments, BenchmarkArguments), __doc__, arguments)
-    models = check_arguments(args)
-    if benchmarks.tasks:
-        refuse_flags(args, WITH_TASKS, "is about a data set, and does nothing with --tasks")
-        shared = {name: vars(args)[name] for name in ("dtype", "max_samples", "max_new_tokens", "overwrite")}
-        paths = {model.label: model.path for model in models}
-        with locked(Path(args.output_dir)):
-            run_benchmarks(paths, benchmarks, Path(args.output_dir), batch_size=args.batch_size or 1, **shared)
-        return
-    refuse_flags(benchmarks, (), "does nothing without --tasks")
-    if args.dataset_name is None:
-        raise UserError("There is nothing to evaluate on: give --dataset_name or --tasks.")
-    with locked(Path(args.output_dir)):
-        report = evaluate(args, models)
-
-    console = Terminal()
-    for line in [*checkpoint_lines(report), *remarks(report)]:
-        console.print(line)
-    for table in rich_tables(report):
-        console.print(table)
-    for line in findings(report):
-        console.print(f"- {line}")
-    console.print(f"\nWritten: {args.output_dir}/report.html (self-contained), report.md, report.json, predictions/")
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    with ends_in_a_sentence("eval.py", "interrupted. The same command resumes it."):
-        main()
+    pvm(["eval", *sys.argv[1:]])

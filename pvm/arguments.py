@@ -25,7 +25,9 @@ class Parser(HfArgumentParser):
         super().error(printable(message))
 
 
-def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None) -> tuple:
+def parse_arguments(
+    dataclasses: Sequence[type], description: str, arguments: Sequence[str] | None = None, command: str | None = None
+) -> tuple:
     """
     Parse a command line into dataclasses. `--config FILE` names a YAML recipe with fields as keys; flags override it.
 
@@ -33,6 +35,7 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
         dataclasses (`Sequence[type]`): each a group of fields.
         description (`str`): the start of `--help`.
         arguments (`Sequence[str]`, *optional*): the command line, `sys.argv[1:]` by default.
+        command (`str`, *optional*): what help and errors call it, the name of the script by default.
 
     Returns:
         `tuple`: one instance of each dataclass.
@@ -44,6 +47,7 @@ def parse_arguments(dataclasses: Sequence[type], description: str, arguments: Se
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = Parser(
         dataclasses,
+        prog=command,
         description=description,
         usage="%(prog)s [--config FILE] [--field value ...]   (--help explains the fields)",
         formatter_class=RawDescriptionHelpFormatter,

@@ -8,10 +8,8 @@ The recipe says what to train and how. The same command resumes an interrupted s
 
 import json
 import os
-import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,18 +18,15 @@ from typing import Any
 import yaml
 from rich.table import Table
 from tqdm import tqdm
-from transformers.trainer_utils import get_last_checkpoint
 
 from pvm.errors import UserError
 from pvm.files import locked, write_atomically
+from pvm.runs import RunCommand, run_command, train
 from pvm.terminal import Terminal
 from pvm.training.methods import METHODS
 
 
-ROOT = Path(__file__).resolve().parent.parent  # of train.py and eval.py
 LAST_SHARE = 0.2  # of the logged losses, by whose mean learning rates are chosen
-# One of these is in the folder of a finished training.
-FINISHED = ("model.pvm.safetensors", "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
@@ -41,9 +36,9 @@ class Study:
 
     output_dir (`str`): folder of runs, logs and the report.
     seeds (`list[int]`): of the trainings. Learning rates are chosen at the first.
-    train (`dict`): the fields of train.py that all runs share.
-    methods (`dict[str, dict]`): by name in the report, further fields of train.py, and the `learning_rates` to try.
-    evaluate (`dict`): fields of eval.py; the models are the base ("base") and the chosen runs.
+    train (`dict`): the fields of `pvm train` that all runs share.
+    methods (`dict[str, dict]`): by name in the report, further fields of `pvm train`, and the `learning_rates` to try.
+    evaluate (`dict`): fields of `pvm eval`; the models are the base ("base") and the chosen runs.
     """
 
     output_dir: str
@@ -93,26 +88,6 @@ class Study:
         return study
 
 
-def run_script(script: str, flags: list[str], log: Path | None = None) -> int:
-    """
-    Run train.py or eval.py as a process.
-
-    Args:
-        log (`Path`, *optional*): the file to which its output is appended.
-
-    Returns:
-        `int`: its exit status.
-    """
-    command = [sys.executable, str(ROOT / script), *flags]
-    if log is None:
-        return subprocess.run(command).returncode
-    with open(log, "a", encoding="utf-8") as output:
-        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-
-
-RunScript = Callable[[str, list[str], Path | None], int]
-
-
 @dataclass
 class Run:
     """One training: the name of its method in the report, its learning rate and its seed."""
@@ -128,7 +103,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of train.py."""
+        """The fields of `pvm train`."""
         method = {key: value for key, value in self.study.methods[self.name].items() if key != "learning_rates"}
         return {**self.study.train, **method, "learning_rate": self.learning_rate, "seed": self.seed}
 
@@ -148,22 +123,15 @@ class Run:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(self.settings) + "\n")
 
-    def train(self, run_script: RunScript) -> None:
+    def train(self, run_command: RunCommand) -> None:
         """
         Train, resume, or do nothing if the run is finished.
 
         Raises:
-            UserError: if train.py fails.
+            UserError: if the training fails.
         """
-        if any((self.folder / file).is_file() for file in FINISHED):
-            return
-        settings = {**self.settings, "output_dir": str(self.folder)}
-        if self.folder.is_dir() and get_last_checkpoint(self.folder):
-            settings["resume_from_checkpoint"] = "last"
-        log = self.folder.with_name(f"{self.folder.name}.log")
-        if run_script("train.py", as_flags(settings), log):
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"The training {self.folder} failed, see {log}: {' '.join(last)}")
+        flags = as_flags({**self.settings, "output_dir": str(self.folder)})
+        train(self.folder, flags, self.folder.with_name(f"{self.folder.name}.log"), run_command)
 
     @property
     def loss(self) -> float:
@@ -175,7 +143,7 @@ class Run:
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
-    """The command line for fields of train.py or eval.py."""
+    """The command line for fields of `pvm train` or `pvm eval`."""
     flags = []
     for key, value in settings.items():
         if isinstance(value, list):
@@ -185,7 +153,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return flags
 
 
-def train_all(runs: list[Run], jobs: int, run_script: RunScript, description: str) -> None:
+def train_all(runs: list[Run], jobs: int, run_command: RunCommand, description: str) -> None:
     """
     Train all runs, `jobs` at a time.
 
@@ -195,7 +163,7 @@ def train_all(runs: list[Run], jobs: int, run_script: RunScript, description: st
     for run in runs:
         run.check()
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), desc=description, unit="run") as bar:
-        futures = [pool.submit(run.train, run_script) for run in runs]
+        futures = [pool.submit(run.train, run_command) for run in runs]
         try:
             for future in futures:
                 future.result()
@@ -223,13 +191,13 @@ def choose_learning_rates(runs: list[Run], output_dir: str) -> dict[str, float]:
     return chosen
 
 
-def main(arguments: list[str] | None = None, run_script: RunScript = run_script) -> None:
+def main(arguments: list[str] | None = None, run_command: RunCommand = run_command) -> None:
     """
     Args:
-        run_script: runs train.py and eval.py.
+        run_command: runs `pvm train` and `pvm eval`.
 
     Raises:
-        SystemExit: with the exit status of eval.py, if it is not 0.
+        SystemExit: with the exit status of `pvm eval`, if it is not 0.
         UserError: if the recipe is wrong, a training fails, or earlier results belong to another recipe.
     """
     parser = ArgumentParser("python -m pvm study", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -241,10 +209,10 @@ def main(arguments: list[str] | None = None, run_script: RunScript = run_script)
     study = Study.load(args.config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with locked(Path(study.output_dir)):
-        run_study(study, args.jobs, run_script)
+        run_study(study, args.jobs, run_command)
 
 
-def run_study(study: Study, jobs: int, run_script: RunScript) -> None:
+def run_study(study: Study, jobs: int, run_command: RunCommand) -> None:
     """
     Train and evaluate what has not been yet.
 
@@ -255,10 +223,10 @@ def run_study(study: Study, jobs: int, run_script: RunScript) -> None:
         for name, method in study.methods.items()
         for rate in method["learning_rates"]
     ]
-    train_all(tries, jobs, run_script, "learning rates")
+    train_all(tries, jobs, run_command, "learning rates")
     rates = choose_learning_rates(tries, study.output_dir)
     runs = [Run(study, name, rates[name], seed) for name in study.methods for seed in study.seeds]
-    train_all(runs, jobs, run_script, "seeds")
+    train_all(runs, jobs, run_command, "seeds")
 
     settings = {"output_dir": str(Path(study.output_dir) / "report"), **study.evaluate}
     settings["model"] = [study.train["model_name_or_path"], *(str(run.folder) for run in runs)]
@@ -271,5 +239,5 @@ def run_study(study: Study, jobs: int, run_script: RunScript) -> None:
             raise UserError(f"{file} is a report with a different {', '.join(different)}. Move it to make a new one.")
         Terminal().print(f"The report exists already: {file.with_name('report.html')}")
         return
-    if status := run_script("eval.py", as_flags(settings), None):
+    if status := run_command("eval", as_flags(settings), None):
         sys.exit(status)

@@ -24,7 +24,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-import train
+from pvm import train
 from pvm.errors import UserError
 from pvm.training.trainer import PVMTrainer
 

@@ -632,4 +632,4 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(eval_script.__file__, run_name="__main__")
-    assert re.fullmatch(r"eval\.py: error: .* is not a checkpoint.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"pvm eval: error: .* is not a checkpoint.*\n", capsys.readouterr().err)

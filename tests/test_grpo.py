@@ -337,7 +337,7 @@ def test_the_papers_reward_is_the_default():
         ("lora", ("--trains", "lora", "--lora_rank", "8"), "is trained further. Leave out --lora_"),
         ("pvm", ("--max_completion_length", "999999"), "leaves no room for a prompt in a context of"),
         ("pvm", ("--max_length", "6"), "more than max_length 6"),
-        ("pvm", ("--streaming", "true", "--max_steps", "1"), "are for train.py"),
+        ("pvm", ("--streaming", "true", "--max_steps", "1"), "are for `pvm train`"),
         ("pvm", ("--match", "choice", "--max_skipped", "0"), "is not an option"),
         ("pvm", ("--reward_functions", "no.py:f", "--reward_weights", "1"), "name accuracy_reward"),
         ("pvm", ("--reward_functions", "{}:f", "--reward_weights", "1"), "has no function 'f'"),

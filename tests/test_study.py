@@ -16,9 +16,11 @@ from pvm.data.sources import DataArguments
 from pvm.errors import UserError
 from pvm.evaluation.arguments import EvalArguments
 from pvm.files import locked
-from pvm.study import Run, Study, as_flags, run_script
+from pvm.runs import run_command
+from pvm.study import Run, Study, as_flags
 from pvm.training.methods import ModelArguments
 from pvm.training.trainer import PVMTrainingArguments
+from training import ROOT
 
 
 def recipe(tmp_path: Path, base: Path | str = "base", conversations: Path | str = "data.jsonl", **changes) -> Path:
@@ -50,23 +52,23 @@ def recipe(tmp_path: Path, base: Path | str = "base", conversations: Path | str 
 
 
 class Scripts:
-    """Stubs of train.py and eval.py: they parse their flags and write what a study reads. `calls` are these flags."""
+    """Stubs of `pvm train` and `pvm eval`: they parse their flags, kept in `calls`, and write what a study reads."""
 
     def __init__(self):
         self.calls: list[tuple] = []
 
-    def __call__(self, script: str, flags: list[str], log: Path | None = None) -> int:
-        if script == "eval.py":
+    def __call__(self, command: str, flags: list[str], log: Path | None = None) -> int:
+        if command == "eval":
             (arguments,) = parse_arguments((EvalArguments,), "", flags)
             folder, written = Path(arguments.output_dir), {"report.json": {"arguments": vars(arguments)}}
-            self.calls.append((script, arguments.model, arguments.names))
+            self.calls.append((command, arguments.model, arguments.names))
         else:
             model, _, training = parse_arguments((ModelArguments, DataArguments, PVMTrainingArguments), "", flags)
             folder, rate = Path(training.output_dir), training.learning_rate
             # Three steps, of which the last one counts; the larger learning rate wins.
             history = [{"loss": loss} for loss in (9.0, rate, 1 - rate)]
             written = {"trainer_state.json": {"log_history": history}, "model.pvm.safetensors": {}}
-            self.calls.append((script, model.pvm_block, rate, training.seed, training.resume_from_checkpoint))
+            self.calls.append((command, model.pvm_block, rate, training.seed, training.resume_from_checkpoint))
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in written.items():
             (folder / name).write_text(json.dumps(content))
@@ -85,7 +87,7 @@ def test_a_study(tmp_path, capsys):
     folders = [
         str(tmp_path / "study" / name / f"learning_rate_0.001-seed_{k}") for name in ("PVM", "MLP") for k in (0, 1)
     ]
-    assert evaluation == ("eval.py", ["base", *folders], ["base", "PVM", "PVM", "MLP", "MLP"])
+    assert evaluation == ("eval", ["base", *folders], ["base", "PVM", "PVM", "MLP", "MLP"])
     assert "0.001 (at the edge of those tried)" in capsys.readouterr().out
 
     # The same command again trains and evaluates nothing.
@@ -102,12 +104,12 @@ def test_a_study(tmp_path, capsys):
 
 
 def test_a_study_with_a_real_training(base, conversations, tmp_path):
-    """train.py as a command, and eval.py in this process."""
+    """`pvm train` as a command, and `pvm eval` in this process."""
     methods = {"PVM": {"method": "pvm", "pvm_hidden_size": 32, "learning_rates": [1.0e-3]}}
     file = recipe(tmp_path, base, conversations, methods=methods, seeds=[0])
 
-    def run(script: str, flags: list[str], log: Path | None = None) -> int:
-        return run_script(script, flags, log) if script == "train.py" else eval_script.main(flags) or 0
+    def run(command: str, flags: list[str], log: Path | None = None) -> int:
+        return run_command(command, flags, log) if command == "train" else eval_script.main(flags) or 0
 
     study_module.main(["--config", str(file)], run)
     report = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
@@ -115,26 +117,26 @@ def test_a_study_with_a_real_training(base, conversations, tmp_path):
 
 
 def test_a_failed_training_is_named(tmp_path):
-    def fail(script: str, flags: list[str], log: Path | None = None) -> int:
-        log.write_text("Traceback\ntrain.py: error: no rows\n")
+    def fail(command: str, flags: list[str], log: Path | None = None) -> int:
+        log.write_text("Traceback\npvm train: error: no rows\n")
         return 1
 
-    with pytest.raises(UserError, match=r"seed_0 failed, see .*\.log: train\.py: error: no rows"):
+    with pytest.raises(UserError, match=r"seed_0 failed, see .*\.log: pvm train: error: no rows"):
         study_module.main(["--config", str(recipe(tmp_path))], fail)
 
 
 def test_after_ctrl_c_no_training_begins(tmp_path):
     calls = []
 
-    def interrupted(script: str, flags: list[str], log: Path | None = None) -> int:
-        calls.append(script)
+    def interrupted(command: str, flags: list[str], log: Path | None = None) -> int:
+        calls.append(command)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
         return 1
 
     with pytest.raises(KeyboardInterrupt):
         study_module.main(["--config", str(recipe(tmp_path))], interrupted)
-    assert calls == ["train.py"]
+    assert calls == ["train"]
 
 
 def test_a_folder_takes_one_study_at_a_time(tmp_path):
@@ -145,8 +147,8 @@ def test_a_folder_takes_one_study_at_a_time(tmp_path):
 def test_the_status_of_eval_is_passed_on(tmp_path):
     scripts = Scripts()
 
-    def run(script: str, flags: list[str], log: Path | None = None) -> int:
-        return 3 if script == "eval.py" else scripts(script, flags, log)
+    def run(command: str, flags: list[str], log: Path | None = None) -> int:
+        return 3 if command == "eval" else scripts(command, flags, log)
 
     with pytest.raises(SystemExit) as ended:
         study_module.main(["--config", str(recipe(tmp_path))], run)
@@ -157,7 +159,7 @@ def test_a_training_is_resumed_from_its_last_checkpoint(tmp_path):
     run, scripts = Run(Study.load(str(recipe(tmp_path))), "PVM", 1.0e-3, 0), Scripts()
     (run.folder / "checkpoint-1").mkdir(parents=True)
     run.train(scripts)
-    assert scripts.calls == [("train.py", None, 1e-3, 0, "last")]
+    assert scripts.calls == [("train", None, 1e-3, 0, "last")]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_invalid_recipes(tmp_path, changes, sentence):
 @pytest.mark.parametrize("recipe", ["digits_study", "digits_variants"])
 def test_the_recipes_are_valid_and_fair(recipe):
     """All flags parse, shared settings are shared, and every method has as many tries."""
-    study = Study.load(str(study_module.ROOT / "recipes" / f"{recipe}.yaml"))
+    study = Study.load(str(ROOT / "recipes" / f"{recipe}.yaml"))
     for name, method in study.methods.items():
         run = Run(study, name, method["learning_rates"][0], study.seeds[0])
         flags = [*as_flags(run.settings), "--output_dir", str(run.folder)]

@@ -1,4 +1,4 @@
-"""A run of train.py or grpo.py, once its trainer is set up."""
+"""A run of `pvm train` or `pvm grpo`, once its trainer is set up."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def train_and_save(
 
     Args:
         checkpoint (`str`, *optional*): to resume from.
-        command (`str`): "train.py" or "grpo.py", for messages.
+        command (`str`): "pvm train" or "pvm grpo", for messages.
         model_name (`str`): what training started from.
 
     Raises:
@@ -67,7 +67,7 @@ def train_and_save(
         console.print(f"\nThe frozen weights did not change: SHA-256 {frozen[:16]} before and after.")
     console.print(f"\nSaved in {output_dir}. To compare it with its base on your test set:")
     console.print(
-        f"  python eval.py --model {model_name} {output_dir} --dataset_name YOUR_TEST_SET --output_dir "
+        f"  python -m pvm eval --model {model_name} {output_dir} --dataset_name YOUR_TEST_SET --output_dir "
         f"{output_dir}-eval (for a single file add --dataset_split train)"
     )
 

@@ -127,7 +127,7 @@ class PVMTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:
             raise UserError(
                 f"One process sees {self.n_gpu} GPUs. Start one process for each: accelerate launch --config_file "
-                "recipes/accelerate/ddp.yaml train.py ..., or choose one GPU with CUDA_VISIBLE_DEVICES=0."
+                "recipes/accelerate/ddp.yaml -m pvm train ..., or choose one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise UserError(

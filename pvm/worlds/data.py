@@ -175,7 +175,7 @@ def write(output_dir: str | Path, rows: str = "digits", seed: int = 0, number: i
             "validation": test_rows(train, validation_rng, share=4),
         }
     for split, made in splits.items():
-        made = list(tqdm(made, desc=f"{output_dir}/{split}", unit="row"))
+        made = list(tqdm(made, desc=f"{output_dir.name}/{split}", unit="row"))
         Dataset.from_list(made, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
 
 

@@ -1,0 +1,16 @@
+"""What an installation consists of. All else is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+SHIPPED = {"pvm.recipes": "recipes", "pvm.assets": "assets"}  # see pvm/shipped.py
+
+setup(
+    packages=[*find_packages(include=["pvm", "pvm.*"]), *SHIPPED],
+    package_dir={"": ".", **SHIPPED},
+    # As modules: `custom_object_save` copies them from where they are imported into every checkpoint.
+    py_modules=sorted(file.stem for file in Path(__file__).parent.glob("*_qwen3vl_pvm.py")),
+    package_data={"pvm.recipes": ["*.yaml", "*/*.yaml"], "pvm.assets": ["*/*"], "*": ["*.json", "*.md"]},
+)
