@@ -65,7 +65,7 @@ def make_base(folder: Path, shape: str, device: str) -> None:
     """Random weights, in shards of bfloat16 as published, beside all else that Qwen publishes."""
     save(folder, shape)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder)).bfloat16()
     # One pass over the weights, where a constructor makes two.
     model.to_empty(device=device).tie_weights()
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import qwen3vl_real
+import tiny
 import training
 from benchmarks.common import ROPE, SHAPES
 from benchmarks.training_memory import TOWERS
@@ -51,7 +52,7 @@ def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen3vl")
     qwen3vl_real.save(folder, "tiny")
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder)).bfloat16()
     model.save_pretrained(folder, max_shard_size="5MB")
     qwen3vl_real.save_configs(folder, "tiny")  # as published, not as this transformers writes them
     return folder
@@ -289,6 +290,7 @@ def test_videos_have_timestamps(processor, tmp_path):
 def test_the_published_folder_is_a_base(repository, processor, tmp_path):
     """Shards, a tied head, and a config.json of transformers 4.57, to an adapter and back."""
     assert len(list(repository.glob("model-*-of-*.safetensors"))) > 1
+    assert Qwen3VLPVMForConditionalGeneration.from_pretrained(repository).dtype == torch.bfloat16
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(repository, dtype=torch.float32)
     stock = AutoModelForImageTextToText.from_pretrained(repository, dtype=torch.float32)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
@@ -341,14 +343,10 @@ def test_generation_settings_are_kept_and_evaluation_is_greedy(repository, proce
 @torch.no_grad()
 def test_a_token_after_16384_visual_tokens():
     """The vision tower is left out: 65,536 patches attend to each other."""
-    config = Qwen3VLPVMConfig.from_dict(qwen3vl_real.config("tiny"))
-    torch.manual_seed(0)
-    model = Qwen3VLPVMForConditionalGeneration(config).float().eval()
-    for branch in pvm_blocks(model).values():
-        branch.gate_alpha.fill_(1.0)
-    decoder = model.model.language_model
+    config = tiny.pvm_config({"num_hidden_layers": 2}, pvm_layers=[1])
+    decoder = tiny.build(config).model.language_model
     visual, text = 16_384, 16
-    embeddings = torch.randn(1, visual + text, 64)
+    embeddings = torch.randn(1, visual + text, 32)
     mask = (torch.arange(visual + text) < visual)[None]
     positions = torch.arange(visual + text).expand(3, 1, -1)
     whole = decoder(inputs_embeds=embeddings, position_ids=positions, visual_pos_masks=mask).last_hidden_state
