@@ -195,6 +195,9 @@ def bad(*messages, **columns) -> dict:
         (bad(user("a"), assistant(7)), "content of message 1 .assistant. is neither .*: 7"),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "has the role"),
         (bad(assistant("c"), images=["/a.png"]), "no user message to contain them"),
+        (bad(user("a"), {**assistant("b"), "reasoning_content": "c"}), "message 1 has `reasoning_content`, which"),
+        (bad(user("a"), {**assistant("b"), "tool_calls": [{"name": "c"}]}), "message 1 has `tool_calls`, which"),
+        (bad(user("a"), assistant("b"), tools=[{"name": "c"}]), "the row has `tools`, which would be dropped"),
         ({"messages": "What?"}, "expected a list of messages"),
         ({"messages": None}, "has no conversation"),
     ],
@@ -324,7 +327,8 @@ def test_a_folder_may_hold_the_images_beside_the_rows(media, tmp_path):
         ("missing.jsonl", "train", None, "missing.jsonl: no such file"),
         ("empty.jsonl", "train", None, "empty.jsonl is empty"),
         ("other.txt", "train", None, r"must end in one of \.json"),
-        ("bare", "train", None, "bare"),
+        ("bare", "train", None, "^bare contains no"),
+        ("hidden", "train", None, "^hidden contains no"),
     ],
 )
 def test_names_without_conversations_are_refused(tmp_path, monkeypatch, name, split, config_name, message):
@@ -333,6 +337,9 @@ def test_names_without_conversations_are_refused(tmp_path, monkeypatch, name, sp
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.txt").write_text("a")
     (tmp_path / "bare").mkdir()
+    for folder in ("hidden/.git", "hidden/__old__"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder, "rows.jsonl", rows_of(1))
     with pytest.raises(UserError, match=message):
         load_conversations(name, split, config_name)
 

@@ -15,6 +15,8 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 PLACEHOLDERS = re.compile(r"\n?<(image|video)>\n?")  # as in LLaVA, including the line breaks around them
 URL_PARTS = {f"{kind}_url": kind for kind in MEDIA}  # as in OpenAI's API
 FILE_KEYS = ("image", "video", "url", "path", *URL_PARTS)  # where formats name the file of a part
+# What chat templates would render and a `Conversation` cannot hold, by message and by row.
+NOT_RENDERED = ("tool_calls", "reasoning_content", "tools")
 QUESTIONS = ("prompt", "question", "problem")  # columns; the first that a row has counts
 FORMS = (
     "`messages`; `prompt` and `completion`; `conversations` (LLaVA); or `prompt`, `question` or `problem` with "
@@ -75,6 +77,7 @@ def to_conversation(row: dict[str, Any], root: Path | None = None, allow_urls: b
     Raises:
         UserError: if roles, contents or media are invalid or do not match.
     """
+    _refuse_not_rendered(row, "the row")
     prompt_messages = 0
     if row.get("messages") is not None:
         turns = _as_turns(row["messages"])
@@ -162,6 +165,7 @@ def _question_and_answer(row: dict[str, Any]) -> list[dict[str, Any]]:
 def _message(index: int, turn: dict[str, Any], named: dict[str, list]) -> dict[str, Any]:
     """The message with a list of parts as its content, without empty texts. Files that parts name go into `named`."""
     role, content = turn.get("role"), turn.get("content")
+    _refuse_not_rendered(turn, f"message {index}")
     if role not in LLAVA_ROLES.values():
         roles = "system, user or assistant (in LLaVA's form system, human or gpt)"
         raise UserError(f"message {index} has the role {role!r}; use {roles}.")
@@ -204,6 +208,11 @@ def _message(index: int, turn: dict[str, Any], named: dict[str, list]) -> dict[s
     if role == "assistant" and not any(part["text"].strip() for part in parts):
         raise UserError(f"message {index} (assistant) has no text.")
     return {"role": role, "content": parts}
+
+
+def _refuse_not_rendered(value: dict[str, Any], name: str) -> None:
+    if key := next((key for key in NOT_RENDERED if value.get(key)), None):
+        raise UserError(f"{name} has `{key}`, which would be dropped. Write what is to be learned into the content.")
 
 
 def _url(value: Any) -> Any:

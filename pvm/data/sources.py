@@ -456,7 +456,9 @@ def _folder_files(folder: Path) -> tuple[str, dict[str, list[str]]]:
             folders.clear()
             continue
         seen.add(real)
-        paths = [Path(parent, file) for file in files if Path(file).suffix in FILE_FORMATS]
+        # Not what the rules of `datasets` pass over.
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        paths = [Path(parent, name) for name in files if Path(name).suffix in FILE_FORMATS and name[0] != "."]
         found += [path.relative_to(folder) for path in paths if path.is_file()]
     if not found:
         raise UserError(f"{folder} contains no {', '.join(FILE_FORMATS)} file. Give the name of one file.")

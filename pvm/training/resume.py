@@ -22,6 +22,12 @@ from pvm.training.saving import SETTINGS, STAGING
 
 # Settings that only name what is compared by its content: it may have moved, or something else have its name.
 NAMES = ("model_name_or_path", "model_revision", "base_model_id", "base_model", "base_revision", "dataset_name")
+# Settings that checkpoints of earlier versions do not know.
+LATER = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "max_grad_norm", "lr_scheduler_kwargs"),
+    *("neftune_noise_alpha", "average_tokens_across_devices"),
+    *("data_seed", "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip"),
+)
 # Fields of a config.json that do not change what the model computes.
 NOT_COMPARED = ("transformers_version", "_name_or_path", "base_model_name_or_path", "base_model_revision")
 
@@ -77,7 +83,9 @@ def _check_resume(checkpoint: Path, arguments: TrainingArguments, settings: dict
         ) from error
     by_content = NAMES if "content" in before else ()  # an earlier version did not record it
     for key, value in settings.items():
-        if key not in by_content and before.get(key) != value:
+        if key in by_content or (key in LATER and key not in before):
+            continue
+        if before.get(key) != value:
             raise UserError(
                 f"{flag}: that run had --{key} {before.get(key)}, and this one has {value}. Use the same value, or "
                 "start a new run in another --output_dir."
@@ -130,8 +138,9 @@ def run_settings(
     settings |= {key: asdict(data_args)[key] for key in ("stopping_strategy", "streaming", "max_length")}
     for key in ("learning_rate", "gate_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"):
         settings[key] = training_args.to_dict()[key]
-    settings["image_dropout"] = training_args.image_dropout
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "optim"):
+        settings[key] = training_args.to_dict()[key]
+    for key in ("image_dropout", *LATER):
         settings[key] = training_args.to_dict()[key]
     if data_args.streaming:  # the order of a stream depends on these
         settings["shuffle_buffer_size"] = data_args.shuffle_buffer_size
