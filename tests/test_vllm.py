@@ -37,7 +37,6 @@ from pvm.worlds.language import filler
 
 
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, where tests reach its model
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -59,6 +58,7 @@ NEW_TOKENS = 10
 TOLERANCE = 1e-4
 # Less than most images here, so that they are computed in several steps.
 CHUNK = 96
+KV_CACHE_BYTES = 2**27
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def adapter(pvm_model, tmp_path_factory) -> Path:
 
 
 def start(folder: Path, **options) -> "vllm.LLM":
-    defaults = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 32, "disable_log_stats": False}
-    return vllm.LLM(str(folder), **{**defaults, "enforce_eager": True, **options})
+    defaults = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 32, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    return vllm.LLM(str(folder), **{**defaults, "enforce_eager": True, "disable_log_stats": False, **options})
 
 
 def model_of(llm: "vllm.LLM") -> VLLMModel:
@@ -398,6 +398,7 @@ def server(tuned, tmp_path_factory) -> Iterator[Server]:
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tuned), "--dtype", "float32"),
         *("--served-model-name", "pvm", "--enable-lora", "--max-lora-rank", "8", "--lora-modules"),
         *(f"pvm+lora={tuned / 'lora'}", "--tensor-parallel-size", "2", "--max-model-len", "2048"),
+        *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
         *("--port", str(port), "--host", "localhost"),
     ]
     environment = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
