@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, method: str, reward: str, seed: int) -> list[d
         curve.append(
             {
                 "step": step,
-                "accuracy": overall[str(step)]["accuracy"]["value"],
+                "accuracy": overall[str(step)]["accuracy"],
                 "reward": np.mean([entry["reward"] for entry in window]),
                 "length": np.mean([entry["completions/mean_length"] for entry in window]),
             }

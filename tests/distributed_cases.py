@@ -1,11 +1,12 @@
 """
-The workers of test_distributed.py: several runs of train.py one after another in the same processes, because starting
-a process takes longer than a training.
+The workers of test_distributed.py: several runs of train.py or grpo.py one after another in the same processes,
+because starting a process takes longer than a training.
 
     torchrun --nproc_per_node 2 tests/distributed_cases.py CASES.json
 
 CASES.json is a list of objects: `arguments` of train.py; `log`, the file for what the run prints (with the rank as its
-suffix); optionally `copy`, a folder to copy before and where to, and `terminated`, the rank that gets a SIGTERM.
+suffix); optionally `second_stage`, whether they are grpo.py's, `copy`, a folder to copy before and where to, and
+`terminated`, the rank that gets a SIGTERM.
 """
 
 import pvm  # noqa: F401, I001
@@ -24,7 +25,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from pvm import train
+from pvm import grpo, train
 from pvm.errors import UserError
 from pvm.training.trainer import PVMTrainer
 
@@ -49,7 +50,7 @@ def run(case: dict, rank: int) -> None:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         try:
-            train.main(case["arguments"])
+            (grpo if case.get("second_stage") else train).main(case["arguments"])
         except (UserError, SystemExit) as error:
             print(f"{type(error).__name__}: {error}")
     Path(f"{case['log']}.{rank}").write_text(output.getvalue())

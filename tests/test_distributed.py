@@ -32,6 +32,12 @@ METHODS = {
 LEARNED = [("ddp", "pvm"), ("ddp", "pvm+lora"), ("ddp", "pvm-no-image"), *(("fsdp2", method) for method in METHODS)]
 FINISHED = [("ddp", "pvm+lora"), ("fsdp2", "pvm-bf16"), ("fsdp2", "pvm+lora")]
 LAST = ("--resume_from_checkpoint", "last")
+TRAINS = {"ddp": "branches", "fsdp2": "language_model+branches"}
+GRPO = (
+    *("--per_device_train_batch_size", "4", "--num_generations", "4", "--max_completion_length", "6"),
+    *("--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--learning_rate", "1e-3"),
+    *("--mask_truncated_completions", "false", "--reward_weights", "1", "--reward_functions"),
+)
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -57,6 +63,12 @@ def folder(config, base, conversations, tmp_path_factory) -> Path:
         add(name, *METHODS[method], *LAST, copy=copy)
     add("interrupted", *PVM, "--save_steps", "100", terminated=1)
     add("resumed", *PVM, "--save_steps", "100", *LAST, output="interrupted")
+    rewards = folder / "rewards.py"
+    rewards.write_text("def words(completions, **kwargs): return [len(c[0]['content'].split()) for c in completions]")
+    names = {"model_name_or_path": folder / "pvm", "dataset_name": conversations, "output_dir": folder / "grpo"}
+    flags = [str(word) for name, value in names.items() for word in (f"--{name}", value)]
+    cases.append({"second_stage": True, "arguments": [*flags, *GRPO, f"{rewards}:words", "--trains", TRAINS[config]]})
+    cases[-1]["log"] = str(folder / "grpo.log")
     if config == "ddp":
         write_two_files(folder / "data", conversations)
         for workers in ("0", "2"):
@@ -165,3 +177,17 @@ def test_two_processes_refuse_a_stream_alike(folder):
 def test_two_processes_are_refused_alike_where_another_process_writes(folder):
     for rank in (0, 1):
         assert "UserError: Another process is writing into" in (folder / f"locked.log.{rank}").read_text()
+
+
+def test_the_second_stage(config, folder):
+    """Both ranks sample; what they save is loaded in one process."""
+    log = json.loads((folder / "grpo" / "trainer_state.json").read_text())["log_history"]
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log if "reward" in entry]
+    assert len(differences) == 2 and max(differences) < 1e-4
+    assert any(entry["reward_std"] > 0 for entry in log if "reward" in entry)
+    before, after = (load_checkpoint(str(folder / name)).model.state_dict() for name in ("pvm", "grpo"))
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    expected = {name for name in before if ".visual." not in name and (config == "fsdp2" or ".pvm_block." in name)}
+    assert moved and moved <= expected
+    assert any(".pvm_block." in name for name in moved)
+    assert any("lm_head" in name for name in moved) == (config == "fsdp2")

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 
-import eval as evaluation
+import eval as eval_script
 import grpo
 import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
@@ -25,7 +25,7 @@ from pvm.errors import UserError
 from pvm.evaluation import card as card_module
 from pvm.rl import trainer as trainer_module
 from pvm.rl.policy import PolicyArguments, load_policy
-from pvm.rl.rewards import format_reward
+from pvm.rl.rewards import format_reward, load_rewards
 from pvm.rl.rollouts import SampledLogProbs, collapsed
 from pvm.rl.trainer import GRPOArguments
 from pvm.training.saving import MASTER_WEIGHTS
@@ -312,7 +312,7 @@ def test_format(text, reward):
     [("7", 1), ("8", 0), ("<think>8 or 7</think><answer>7</answer>", 1), ("<think>7</think><answer>8</answer>", 0)],
 )
 def test_accuracy_counts_the_answer(text, reward):
-    (accuracy,) = grpo.load_rewards(["accuracy_reward"], "number")
+    (accuracy,) = load_rewards(["accuracy_reward"], "number")
     assert accuracy([[{"role": "assistant", "content": text}]], answer=["7"]) == [reward]
 
 
@@ -438,7 +438,7 @@ def test_the_pipeline(base, starts, conversations, tmp_path, monkeypatch):
     grpo.main([*config, "--model_name_or_path", first, "--dataset_name", data, "--output_dir", second, *less])
     config = ["--config", str(ROOT / "recipes" / "digits_pipeline_eval.yaml"), "--model", str(base), first, second]
     names = ["--dataset_name", data, "--dataset_split", "train", "--output_dir", "runs/eval"]
-    evaluation.main([*config, *names, "--max_samples", "4"])
+    eval_script.main([*config, *names, "--max_samples", "4"])
     card_module.main([second, "--report", "runs/eval/report.json"])
     card = Path(second, "README.md").read_text()
     assert "Stage 2, GRPO:" in card and "PVM+GRPO" in card.partition("## Results")[2]
