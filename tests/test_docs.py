@@ -9,7 +9,6 @@ from transformers import AutoProcessor
 
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.worlds import data as digits
 from tiny import set_gates
 from training import PVM, run
 
@@ -51,17 +50,10 @@ def test_a_chat_on_one_cache():
 
 
 def test_the_readme(conversations, tmp_path, capsys, monkeypatch):
-    """Its Python, on the data that it names and checkpoints like those that it trains."""
+    """Its Python, on a checkpoint like the one that it trains."""
     monkeypatch.chdir(tmp_path)
-    digits.main(["--output_dir", "data/digits"])
-    run(BACKBONE, conversations, tmp_path / "runs" / "digits_pvm", *PVM)
+    run(BACKBONE, conversations, tmp_path / "runs" / "qwen3-vl-8b-pvm", *PVM)
     Image.effect_noise((32, 32), 80).convert("RGB").save("cat.png")
-    real, demo = code("README.md")
-    exec(real.replace("runs/qwen3-vl-8b-pvm", "runs/digits_pvm"), {})
+    (example,) = code("README.md")
+    exec(example, {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["True", "False"]
-    names = {}
-    exec(demo, names)
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.split()[0] for line in lines] == ["True", "False"] and names["row"]["filler"] == 256
-    (answer,) = (part["text"] for part in names["row"]["messages"][-1]["content"])
-    assert all(line.endswith(f" {answer}") for line in lines)
