@@ -228,10 +228,11 @@ def generate_in_two_parts(
 
 
 def process_images(
-    model: PreTrainedModel, batch: dict[str, torch.Tensor], distance: int
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], distance: int, **model_kwargs: Any
 ) -> tuple[DynamicCache, torch.LongTensor]:
     """
-    The first part of prompts, all but the last `distance` tokens, with all images and videos.
+    The first part of prompts, all but the last `distance` tokens, with all images and videos. `model_kwargs` are more
+    arguments of the forward pass.
 
     Returns:
         The cache, and the rotary positions `[3, batch, sequence]` of the whole prompts.
@@ -251,5 +252,6 @@ def process_images(
         position_ids=positions[..., :-distance],
         past_key_values=cache,
         logits_to_keep=1,
+        **model_kwargs,
     )
     return cache, positions

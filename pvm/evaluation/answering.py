@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from pvm.data.encoding import ConversationCollator
 from pvm.evaluation.ablations import IN_TWO_PARTS, INTACT, Ablation, generate_in_two_parts
 from pvm.evaluation.questions import Prompts
 from variants_qwen3vl_pvm import BLOCKS
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass
@@ -53,19 +56,27 @@ def cache_bytes(cache: Cache, tokens: torch.LongTensor, visual: torch.LongTensor
         tokens (`torch.LongTensor` `[batch]`): of the row, prompt and answer.
         visual (`torch.LongTensor` `[batch]`): those of images and videos.
     """
-    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    per_token, per_visual_token = bytes_per_token(cache)
     memory = get_visual_memory(cache)
-    of_branches = [] if memory is None else [*memory.keys.values(), *memory.values.values()]
-    per_token, per_visual_token = (
-        sum(tensor[0, :, 0].nbytes for tensor in tensors) for tensors in (states, of_branches)
-    )
     if memory is not None and not memory.in_kv_cache:
         tokens = tokens - visual
     return (tokens * per_token + visual * per_visual_token).tolist()
 
 
-def read_journal(file: Path) -> dict[int, Answer]:
-    """The answers by row in the journal of an interrupted run. An incomplete last line is removed from the file."""
+def bytes_per_token(cache: Cache) -> tuple[int, int]:
+    """Of the KV cache per token, and of the visual memory per visual token."""
+    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    memory = get_visual_memory(cache)
+    of_branches = [] if memory is None else [*memory.keys.values(), *memory.values.values()]
+    kv, visual = (sum(tensor[0, :, 0].nbytes for tensor in tensors) for tensors in (states, of_branches))
+    return kv, visual
+
+
+def read_journal(file: Path, kind: type[Entry] = Answer) -> dict[int, Entry]:
+    """
+    What the journal of an interrupted run has of each row: objects of the dataclass `kind`. An incomplete last line is
+    removed from the file.
+    """
     answers, complete = {}, 0
     for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
         if not line.endswith(b"\n"):
@@ -73,7 +84,7 @@ def read_journal(file: Path) -> dict[int, Answer]:
         try:
             entry = json.loads(line)
             row = entry.pop("row")
-            answers[row] = Answer(**entry)
+            answers[row] = kind(**entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             break
         complete += len(line)

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from block_qwen3vl_pvm import Qwen3VLPVMCrossAttention
+from eviction_qwen3vl_pvm import CachedTokens
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.checkpoints.loading import Checkpoint
 from pvm.data.encoding import ConversationCollator
@@ -91,26 +94,24 @@ def diagnose(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, de
             stack.callback(layer.mlp.register_forward_hook(_record_output(recorded["ffn"], k)).remove)
         for k, block in blocks.items():
             stack.callback(block.register_forward_hook(_record_output(recorded["injected"], k)).remove)
-            for module in block.modules():
-                if isinstance(module, Qwen3VLPVMCrossAttention):
-                    stack.callback(module.register_forward_hook(_record_weights(recorded["branches"], k)).remove)
         model.set_attn_implementation("eager")  # the others return no attention weights
         stack.callback(model.set_attn_implementation, implementation)
         start = batch["input_ids"].shape[1] - length
         for first in range(start, start + length, CHUNK):
             end = min(first + CHUNK, start + length)
-            output = model.model(
+            output, to_image, of_branches = forward_with_attention(
+                model,
+                visual,
+                cache,
                 input_ids=batch["input_ids"][:, first:end],
                 attention_mask=batch["attention_mask"][:, :end],
                 position_ids=positions[..., first:end],
-                past_key_values=cache,
-                output_attentions=True,
                 output_hidden_states=True,
             )
-            weights = torch.stack([layer[0].float().mean(dim=0) for layer in output.attentions], dim=1)
-            to_image = weights[..., visual[:end]]  # [position, layer, visual]
-            attention.append(to_image.sum(dim=-1).cpu())
-            over_image.append(to_image.mean(dim=1).cpu())
+            attention.append(to_image.sum(dim=-1))
+            over_image.append(to_image.mean(dim=1))
+            for k, weights in of_branches.items():
+                recorded["branches"].setdefault(k, []).append(weights)
             kl.append(_logit_lens(model, output).cpu())
 
     sizes = {
@@ -146,6 +147,37 @@ def diagnose(checkpoint: Checkpoint, prompts: Prompts, index: int, text: str, de
     return result
 
 
+def forward_with_attention(
+    model: PreTrainedModel, visual: torch.BoolTensor, cache: Cache, **inputs: Any
+) -> tuple[ModelOutput, torch.Tensor, dict[int, torch.Tensor]]:
+    """
+    A pass of the backbone over text of one row, and what of the image it attends to. The model has eager attention:
+    the others return no weights.
+
+    Args:
+        visual (`torch.BoolTensor` `[sequence]`): where visual tokens are, at least of all before this pass.
+        cache (`Cache`): that has seen the image, and may hold it no more.
+        inputs: arguments of the backbone.
+
+    Returns:
+        The output; the weights of self-attention on those visual tokens that the cache holds, `[position, layer,
+        visual]`, and those of each branch `{layer: [position, visual]}`. Both are means over heads, on the CPU.
+    """
+    branches: dict[int, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for k, block in pvm_blocks(model).items():
+            for module in block.modules():
+                if isinstance(module, Qwen3VLPVMCrossAttention):
+                    stack.callback(module.register_forward_hook(_record_weights(branches, k)).remove)
+        output = model.model(**inputs, past_key_values=cache, output_attentions=True)
+    cached, length = CachedTokens.of(cache), cache.get_seq_length()
+    visual = torch.nn.functional.pad(visual, (0, max(length - len(visual), 0)))[:length]
+    if cached is not None:
+        visual = visual[cached.until(length)[0]]
+    weights = torch.stack([layer[0].float().mean(dim=0) for layer in output.attentions], dim=1)
+    return output, weights[..., visual].cpu(), branches
+
+
 def _append(batch: dict[str, torch.Tensor], tokens: Sequence[int]) -> dict[str, torch.Tensor]:
     """A batch of one row with text tokens appended."""
     more = torch.tensor([list(tokens)], dtype=torch.long)
@@ -171,9 +203,9 @@ def _record_output(recorded: dict[int, list[torch.Tensor]], layer: int) -> Calla
     return hook
 
 
-def _record_weights(recorded: dict[int, list[torch.Tensor]], layer: int) -> Callable:
+def _record_weights(recorded: dict[int, torch.Tensor], layer: int) -> Callable:
     def hook(module, inputs, output):
-        recorded.setdefault(layer, []).append(output[1][0].float().mean(dim=0).cpu())
+        recorded[layer] = output[1][0].float().mean(dim=0).cpu()
 
     return hook
 
