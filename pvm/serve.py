@@ -1,7 +1,7 @@
 """
 Serve a checkpoint with an OpenAI-compatible API, by transformers' own server, which loads no classes but its own:
 
-    python -m pvm serve runs/my_pvm --port 8000
+    pvm serve runs/my_pvm --port 8000
     transformers chat runs/my_pvm --base-url http://localhost:8000
 
 Every option of `transformers serve` can be added. One request is answered at a time; for many, see docs/serving.md.
@@ -29,13 +29,13 @@ def register() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """
-    The command `python -m pvm serve`.
+    The command `pvm serve`.
 
     Raises:
         UserError: if the server's packages are not installed, or it cannot serve the checkpoint.
     """
     parser = ArgumentParser(
-        "python -m pvm serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+        "pvm serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("name", metavar="NAME", help="folder or Hub name of a whole, adapter or stock checkpoint")
     args, options = parser.parse_known_args(arguments)
