@@ -45,7 +45,7 @@ POWER = re.compile(r"\^\(([^()]*)\)")
 TWICE = re.compile(r"(?<!\\)\{(\{[^{}]*\})\}")
 DELIMITED = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 CONNECTED = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*", re.IGNORECASE)
-WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z])")
+WORD = re.compile(r"(?<![\\A-Za-z{\d])[A-Za-z]{2,}(?![A-Za-z^_])")
 SAYS = re.compile(
     r".*(?:\b(?:is|are|be|gives?|equals?|gets?|therefore|so|thus|hence)\b|[是为]|:(?=\s))",
     re.IGNORECASE | re.DOTALL,

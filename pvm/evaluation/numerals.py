@@ -54,8 +54,8 @@ IN_WORDS = re.compile(
 )
 CHINESE = {character: k for k, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-NUMERAL = f"[{''.join([*CHINESE, *CHINESE_SCALES])}]{{1,20}}"
-IN_CHINESE = re.compile(rf"(?!一[共起样些定直般])(?P<share>百分之)?({NUMERAL})(?:分之({NUMERAL}))?")
+NUMERAL = f"(?!一[共起样些定直般])[{''.join([*CHINESE, *CHINESE_SCALES])}]{{1,20}}"
+IN_CHINESE = re.compile(rf"(?P<share>百分之)?({NUMERAL})(?:分之({NUMERAL}))?")
 
 
 def _english(found: re.Match) -> float:
@@ -101,8 +101,11 @@ FRACTION = re.compile(r"\s*\\[dtc]?frac\s*")
 ROOT = re.compile(r"\s*(?:\\?sqrt|√)\s*")
 PI = re.compile(r"\s*(?:\\pi|π|pi)(?![a-z])")
 PERCENT = re.compile(r"\s*(?:\\?%|percent\b|per cent\b)", re.IGNORECASE)
-SCALE = re.compile(r"\s*(hundred|thousand|k|million|billion|trillion|dozen|[十百千万亿])(?![a-z])", re.IGNORECASE)
-SCALE_OF = SCALES | CHINESE_SCALES
+SCALE = re.compile(
+    r"(?:\s*(hundred|thousand|k|million|bn|billion|trillion|dozen|[十百千万亿])|(?-i:(?<=\d)([MB])))(?![a-z])",
+    re.IGNORECASE,
+)
+SCALE_OF = SCALES | CHINESE_SCALES | {"m": 1e6, "b": 1e9, "bn": 1e9}
 # What makes another thing of the number before it: a variable, an imaginary unit, a time of day.
 OTHERWISE = re.compile(r"(?:\s*[*·]\s*)?(?:[a-ej-lnp-rt-z](?![a-z])|i(?![a-z])|:\d|\\[a-z]+(?<!\\circ)(?<!\\text))")
 START = re.compile(
@@ -220,7 +223,7 @@ def _quantity(text: str, at: int) -> tuple[Quantity | None, int]:
     try:
         value = parser.sum()
         while scale := parser.take(SCALE):
-            value *= SCALE_OF[scale[1].lower()]
+            value *= SCALE_OF[(scale[1] or scale[2]).lower()]
     except (ArithmeticError, ValueError):
         return None, max(parser.at, at + 1)
     if not math.isfinite(value) or parser.take(OTHERWISE):
@@ -237,15 +240,27 @@ EXPLANATION = re.compile(
     re.IGNORECASE,
 )
 ALTERNATIVES = re.compile(r"\s*,?\(?\s*\bor\b\s*|\s*(?:或者?|还是)\s*|,\s*(?=[a-z]\s*=)", re.IGNORECASE)
+# "After 3 of them left, ...": not the result, if a number follows.
+INTRODUCTION = re.compile(r"^(?:after|when|if|once|in|of|out of|from)\b[^,:=]*,\s(?=.*\d)", re.IGNORECASE)
+# Of things that can be counted: that there are no solutions is not 0.
+ZERO = re.compile(
+    r"there\s+(?:are|were)\s+no\b"
+    r"(?!\s+(?:real\s+|such\s+)?(?:answers|data|images|integers|numbers|roots|solutions|values)\b).*"
+    r"|no\s+\w+(?:\s\w+)?\s+(?:is|are|was|were)\s+(?:visible|present|shown|left|there)\b.*",
+    re.IGNORECASE,
+)
 CUES = (
-    re.compile(r".*\b(?:so|therefore|thus|hence)\b|.*(?:因此|所以)", re.IGNORECASE | re.DOTALL),
     re.compile(
-        r".*(?:=|≈|\\approx\b|\b(?:is|are|was|were|be|equals?|makes?|gives?|gets?)\b|[是为])",
+        r".*\b(?:so|therefore|thus|hence|a total of(?=\D*[\d.]+\W*$)|totall?ing|total(?=\s*[:=]))\b|.*(?:因此|所以)",
+        re.IGNORECASE | re.DOTALL,
+    ),
+    re.compile(
+        r".*(?:=|≈|\\approx\b|\b(?:is|are|was|were|be|equals?|mak(?:es?|ing)|gives?|gets?)\b|[是为])",
         re.IGNORECASE | re.DOTALL,
     ),
 )
 NEGATED = re.compile(
-    r"(?:\b(?:(?:can)?not(?: be)?|never|rather than|instead of)|不是|[≠])\s*(?:about\s*|just\s*)?$", re.IGNORECASE
+    r"(?:\b(?:(?:can)?not(?: been?)?|never|rather than|instead of)|不是|[≠])\s*(?:about\s*|just\s*)?$", re.IGNORECASE
 )
 BOUND = re.compile(
     r"(?:[<>≤≥]|\\[gl](?:t|eq?)|\b(?:(?:more|less|fewer|greater|higher|lower|larger|smaller) than|at (?:least|most)|"
@@ -255,7 +270,9 @@ BOUND = re.compile(
 EITHER_SIGN = re.compile(r"±|\\pm\b")
 UNIT = r"(?:\s*\^?\{?\\circ\}?|\s*°)?\s*(?:[^\W\d]+\.?(?:\s[^\W\d]+)?)?(?:\^\{?\d\}?)?"
 JOINED = re.compile(
-    rf"{UNIT}\s*,?\s*(?:\band\b|&|[和与])\s*$|\s*(?:,|、)\s*$|{UNIT}\s*(?:\bto\b|[-–~/到至])\s*$", re.IGNORECASE
+    rf"{UNIT}\s*,?\s*(?:\band\b|&|[和与])\s*$|\s*(?:,|、)\s*(?:(?:maybe|perhaps|possibly)\s*)?$"
+    rf"|{UNIT}\s*(?:\bto\b|[-–~/到至])\s*$",
+    re.IGNORECASE,
 )
 COMPOUND = re.compile(
     r"\s*(?:ft|feet|foot|'|′|yd|yards?|miles?|h|hrs?|hours?|min|minutes?|lbs?|pounds?|km|m|cm|°)\.?,?\s*(?:and\s*)?$",
@@ -274,7 +291,9 @@ def quantities(phrase: str) -> list[Quantity]:
         return []
     phrase = THOUSANDS.sub(",", LABEL.sub("", phrase.strip()))
     phrase = LATEX_TEXT.sub(lambda found: f" {found[1]} " if found[1] is not None else " ", phrase)
-    phrase = " ".join(phrase.split())
+    phrase = INTRODUCTION.sub("", " ".join(phrase.split()), count=1)
+    if ZERO.fullmatch(phrase.rstrip(".")):
+        return [Quantity((0.0,))]
     main = EXPLANATION.split(phrase)[0]
     phrase = main if any(START.finditer(main)) else phrase
     found: list[Quantity] = []

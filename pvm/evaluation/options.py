@@ -16,16 +16,17 @@ REASON = re.compile(r",?\s*\b(?:because|since|while|whereas)\b|因为|;", re.IGN
 LETTER = re.compile(
     r"""[(\[]\s*(?P<bracketed>[A-Za-z])\s*[)\]]
     | (?<![A-Za-z0-9&]) (?P<capital>[A-Z]) (?![A-Za-z0-9'+&-]|\.\w)
-    | (?<![A-Za-z0-9]) (?P<small>[a-z]) (?=[).:](?:\s|$)|\s*$)""",
+    | (?<![A-Za-z0-9]) (?P<small>[a-z]) (?=[).:](?:\s|$)|\s*$|\s+is\s+(?:correct|right|best)\b)""",
     re.VERBOSE,
 )
 # The A of "A cat" and the I of "I think" are words.
 IS_WORD = re.compile(r"\s+(?!(?:because|since|as|and|or|is|but|it|for|are|both)\b)[A-Za-z]")
 # What comes before a letter that is an option, which "Vitamin C" and "Plan B" do not have.
 BEFORE = re.compile(
-    r"""(?:^ | [.!?\n]\s* | [:=选项是为案故择]
-        | \b(?:options?|choices?|answers?|letter|is|are|be|its|but|think|believe|choose|chose|pick|select|with|say
-        |so|therefore|thus|hence|maybe|probably|perhaps|likely|either|both|between|not|neither|nor)\b\s*:?)
+    r"""(?:^ | [.!?\n]\s* | [:=>→⇒∴】选项是为案故择]
+        | \b(?:options?|choices?|answers?|letter|is|are|be|its|but|think|believe|choose|chose|pick|select|with|say|that
+        |maybe|probably|perhaps|likely|either|both|between|not|neither|nor|leaves|leaving)\b\s*:?
+        | \b(?:so|therefore|thus|hence|elimination|(?:options|choices)(?=,))\b\s*[:,]?)
     \s*(?:the\s+|definitely\s+|probably\s+)?(?:(?:options?|choices?|letter)\s+)?$""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -24,14 +24,15 @@ BOXED = re.compile(r"\\f?boxed\s*\{")
 IS = r"(?:is|are|was|were|(?:should|must|would|could|can|may|might|will|has to)(?:\s+(?:also|well))?\s+be)"
 STATED = re.compile(
     rf"\b(?P<final>final\s+)?(?:answers?|ans|option|choice)(?:\s+here)?"
-    rf"(?:\s*[:=)]+(?:\s*{IS}\b)?|\s+{IS}\b\s*:?|\s*\n(?=\s*\S))"
+    rf"(?:\s*[:=)]+(?:\s*{IS}\b)?|\s+[-–—](?=\s)|\s+{IS}\b\s*:?|\s*\n(?=\s*\S))"
     r"|(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|选|:)+|(?P<chosen>故选|应选|我选|选择|选)\s*:?",
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"\n|(?<=[.!?])(?=\s|$)")
 CORRECTION = re.compile(r"\b(?:no|wait|actually|correction|sorry|recheck|recount|mistake)\b|不对|等等", re.IGNORECASE)
 CONCLUSION = re.compile(
-    r"\b(?:so|therefore|thus|hence|altogether|consequently|in (?:total|all|conclusion|summary))\b|因此|所以|故|总",
+    r"\b(?:so|therefore|thus|hence|altogether|consequently|in (?:total|all|conclusion|summary)|total(?=\s*[:=]))\b"
+    r"|因此|所以|故|总",
     re.IGNORECASE,
 )
 # A short first line, which an explanation follows; not the first of several steps.
