@@ -151,6 +151,8 @@ def test_checkpoints_hold_what_was_trained(trained, base, trains):
     if trains == "lora":
         assert names == {"adapter_model.safetensors"}
         assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), folder)
+        arguments = read_record(folder)["arguments"]
+        assert (arguments["lora_rank"], arguments["lora_alpha"]) == (4, 32)  # the first stage's
     elif trains.startswith("language_model"):
         assert names == {"model.safetensors"}
         assert {name.partition(".")[0] for name in load_file(folder / "model.safetensors")} == {"model", "lm_head"}
@@ -334,7 +336,7 @@ def test_the_papers_reward_is_the_default():
     [
         ("stock", ("--trains", "branches"), "starts from PVM branches that were trained"),
         ("lora", ("--trains", "language_model"), "is a PEFT adapter, which --trains lora trains further"),
-        ("lora", ("--trains", "lora", "--lora_rank", "8"), "is trained further. Leave out --lora_"),
+        ("lora", ("--trains", "lora", "--lora_rank", "8"), "is trained further. Leave out --lora_rank"),
         ("pvm", ("--max_completion_length", "999999"), "leaves no room for a prompt in a context of"),
         ("pvm", ("--max_length", "6"), "more than max_length 6"),
         ("pvm", ("--streaming", "true", "--max_steps", "1"), "are for `pvm train`"),
@@ -361,6 +363,7 @@ def test_refused(run_grpo, rewards, tmp_path, start, flags, message):
         (("--dtype", "bfloat16"), "trains the language model in float32"),
         (("--num_generations", "3"), "must be divisible by num_generations"),
         (("--pvm_layers", "1"), "unknown argument"),
+        (("--load_in_4bit", "true"), "unknown argument"),
         (("--trains", "everything"), "invalid choice"),
     ],
 )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
@@ -44,7 +44,8 @@ class PolicyArguments(ModelArguments):
             "choices": list(TRAINS),
         },
     )
-    # No flags: the checkpoint decides.
+    # No flags: the checkpoint decides, and trl would round what trains in a quantised model.
+    load_in_4bit: bool = field(init=False, default=False)
     method: str = field(init=False, default="pvm")
     pvm_block: str | None = field(init=False, default=None)
     pvm_layers: list[int] | None = field(init=False, default=None)
@@ -59,10 +60,10 @@ class PolicyArguments(ModelArguments):
         self.method = TRAINS[self.trains]
         super().__post_init__()
         if self.trains_language_model:
-            if self.dtype not in ("auto", "float32") or self.load_in_4bit:
+            if self.dtype not in ("auto", "float32"):
                 raise UserError(
                     f"--trains {self.trains} trains the language model in float32, because AdamW's steps vanish in "
-                    "anything smaller. Leave out --dtype and --load_in_4bit; for mixed precision use --bf16 true."
+                    "anything smaller. Leave out --dtype; for mixed precision use --bf16 true."
                 )
             self.dtype = "float32"
 
@@ -86,33 +87,43 @@ def policy_config(arguments: PolicyArguments) -> PreTrainedConfig:
             f"--trains {arguments.trains} starts from PVM branches that were trained, and {name} has none. Train them "
             "with train.py first, or choose --trains language_model or lora."
         )
-    if kind != "peft":
-        return model_config(arguments)
-    if arguments.trains != "lora":
+    if kind == "peft" and arguments.trains != "lora":
         raise UserError(
             f"{name} is a PEFT adapter, which --trains lora trains further. For --trains {arguments.trains}, merge it "
             "into its base first: peft's merge_and_unload, then save_pretrained."
         )
-    if (arguments.lora_rank, arguments.lora_alpha) != (16, 32) or arguments.load_in_4bit:
-        raise UserError(f"{name} has a LoRA adapter, which is trained further. Leave out --lora_* and --load_in_4bit.")
-    return model_config(base_arguments(arguments))
+    if kind == "peft" and (arguments.lora_rank, arguments.lora_alpha) != (16, 32):
+        raise UserError(
+            f"{name} has a LoRA adapter, which is trained further. Leave out --lora_rank and --lora_alpha."
+        )
+    config = model_config(base_arguments(arguments))
+    if "quantization_config" in config:
+        raise UserError(
+            f"{name} is quantised, and trl would round what trains in it to bfloat16. Start from its base."
+        )
+    return config
 
 
 def base_arguments(arguments: PolicyArguments) -> PolicyArguments:
     """The same for the model that a PEFT adapter belongs to; other checkpoints are models themselves."""
-    base = base_of(arguments.model_name_or_path, arguments.model_revision)
-    if checkpoint_kind(arguments.model_name_or_path, arguments.model_revision) != "peft":
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    if checkpoint_kind(name, revision) != "peft":
         return arguments
-    return replace(arguments, model_name_or_path=base[0], model_revision=base[1])
+    base, base_revision = base_of(name, revision)
+    return replace(arguments, model_name_or_path=base, model_revision=base_revision)
 
 
 def policy_settings(arguments: PolicyArguments) -> dict[str, Any]:
     """What [`pvm.training.resume.run_settings`] does not know of a second stage: what trains, and the first stage."""
     name, revision = arguments.model_name_or_path, arguments.model_revision
-    base, base_revision = base_model(base_arguments(arguments))
+    settings: dict[str, Any] = {"method": arguments.trains}
+    settings["base_model"], settings["base_revision"] = base_model(base_arguments(arguments))
+    if checkpoint_kind(name, revision) == "peft":
+        adapter = PeftConfig.from_pretrained(name, revision=revision).to_dict()
+        settings |= {"lora_rank": adapter.get("r"), "lora_alpha": adapter.get("lora_alpha")}
     record = cached_file(name, RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
     previous = read_record(Path(record).parent) if record else None
-    return {"method": arguments.trains, "base_model": base, "base_revision": base_revision, "previous": previous}
+    return {**settings, "previous": previous}
 
 
 def load_policy(arguments: PolicyArguments) -> PreTrainedModel | PeftModel:
