@@ -3,12 +3,22 @@
 
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3VLConfig, Qwen3VLTextConfig
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+TRANSFORMERS = ((5, 16), (5, 24))  # the first version that this was run with, and the first after the last
+
+if not TRANSFORMERS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < TRANSFORMERS[1]:
+    # By the logger of transformers: it says so once, however many checkpoints bring this file along.
+    logging.get_logger("transformers").warning_once(
+        "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install one of "
+        "those.".format(*TRANSFORMERS[0], *TRANSFORMERS[1], transformers.__version__)
+    )
 
 # The name of the authors' implementation in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"

@@ -12,5 +12,6 @@ setup(
     package_dir={"": ".", **SHIPPED},
     # As modules: `custom_object_save` copies them from where they are imported into every checkpoint.
     py_modules=sorted(file.stem for file in Path(__file__).parent.glob("*_qwen3vl_pvm.py")),
-    package_data={"pvm.recipes": ["*.yaml", "*/*.yaml"], "pvm.assets": ["*/*"], "*": ["*.json", "*.md"]},
+    package_data={"": ["**/*"]},
+    exclude_package_data={"": ["**/__pycache__/*"]},
 )
