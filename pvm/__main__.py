@@ -23,6 +23,7 @@ RESUMES = "interrupted. The same command resumes it."
 COMMANDS = {
     "demo": Command("pvm.demo", "train, evaluate and draw the embedded default: no GPU, no network", RESUMES),
     "recipes": Command("pvm.shipped", "put the recipes of trainings and evaluations into ./recipes"),
+    "filter": Command("pvm.filter", "choose the rows of data sets that need their images", RESUMES),
     "train": Command("pvm.train", "train branches in a frozen Qwen3-VL, or a control", CONTINUES),
     "grpo": Command("pvm.grpo", "train a checkpoint further with rewards", CONTINUES),
     "eval": Command("pvm.eval", "evaluate checkpoints on the same questions, and write a report", RESUMES),
