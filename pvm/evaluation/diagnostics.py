@@ -171,11 +171,11 @@ def forward_with_attention(
                     stack.callback(module.register_forward_hook(_record_weights(branches, k)).remove)
         output = model.model(**inputs, past_key_values=cache, output_attentions=True)
     cached, length = CachedTokens.of(cache), cache.get_seq_length()
-    visual = torch.nn.functional.pad(visual, (0, max(length - len(visual), 0)))[:length]
+    visual = torch.nn.functional.pad(visual.cpu(), (0, max(length - len(visual), 0)))[:length]
     if cached is not None:
-        visual = visual[cached.until(length)[0]]
-    weights = torch.stack([layer[0].float().mean(dim=0) for layer in output.attentions], dim=1)
-    return output, weights[..., visual].cpu(), branches
+        visual = visual[cached.until(length)[0].cpu()]
+    to_image = [layer[0].float().mean(dim=0)[:, visual].cpu() for layer in output.attentions]
+    return output, torch.stack(to_image, dim=1), branches
 
 
 def _append(batch: dict[str, torch.Tensor], tokens: Sequence[int]) -> dict[str, torch.Tensor]:
