@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-import train
+from pvm import train
 from pvm.data import media as media_files
 from pvm.data import streams, validation
 from pvm.data.encoding import ConversationCollator, ConversationDataset, ConversationEncoder, content_digest

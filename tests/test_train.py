@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
-import train
 from configuration_qwen3vl_pvm import default_pvm_layers
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
+from pvm import train
 from pvm.arguments import parse_arguments
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.sources import DataArguments
