@@ -1,8 +1,10 @@
 """grpo.py as a user sees it: what it trains, samples, writes, resumes and refuses."""
 
 import json
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -385,6 +387,12 @@ def test_completions_that_would_never_end_are_refused(run_grpo, starts, tmp_path
     starts["endless"] = start
     with pytest.raises(UserError, match="no completion would end"):
         run_grpo(tmp_path / "run", "endless", "--trains", "branches")
+
+
+def test_without_trl_there_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="pip install"):
+        runpy.run_path(trainer_module.__file__)
 
 
 def test_frozen_means_frozen(starts):

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
-from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from pvm.errors import UserError
 from pvm.evaluation.matching import MATCHES
 from pvm.rl.rollouts import SampledLogProbs, collapsed
 from pvm.training.trainer import CheckpointingTrainer, PVMTrainingArguments
+
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models import unwrap_model_for_generation
+except ModuleNotFoundError as error:
+    raise UserError(f"GRPO needs trl ({error}): pip install 'qwen3vl-pvm[rl]', or trl==1.16.*.") from error
 
 
 # Fields of GRPOConfig that must keep their default, by the reason.
