@@ -82,6 +82,8 @@ def main() -> None:
                 load_format="dummy",
                 dtype=args.dtype,
                 max_model_len=args.visual_tokens + 2 * PROMPT_TOKENS + args.new_tokens,
+                max_num_seqs=max(args.batch_sizes),
+                limit_mm_per_prompt={"image": 1, "video": 0},
                 enable_prefix_caching=False,
                 gpu_memory_utilization=0.45,
             )
