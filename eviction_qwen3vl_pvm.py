@@ -117,15 +117,15 @@ def check_image_kv_cache(
         raise ValueError(f"`image_kv_cache={image_kv_cache!r}`: pass 'keep', 'evict' or 'skip'.")
     if CachedTokens.of(past_key_values) is None and (image_kv_cache == "keep" or not has_images):
         return
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError("`image_kv_cache` needs an `attention_mask` of the form [batch, sequence].")
     if past_key_values is None and image_kv_cache == "evict":
         raise ValueError("`image_kv_cache='evict'` needs a cache: leave `use_cache=False` out, or pass 'skip'.")
-    if past_key_values is not None and past_key_values.is_compileable:
+    if past_key_values is not None and (past_key_values.is_compileable or any(past_key_values.is_sliding)):
         raise ValueError(
-            f"`image_kv_cache={image_kv_cache!r}` needs a cache that can shrink, not a static one: leave "
+            f"`image_kv_cache={image_kv_cache!r}` needs a cache that can shrink, not a static or sliding one: leave "
             "`cache_implementation` out, or pass a DynamicCache."
         )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError("`image_kv_cache` needs an `attention_mask` of the form [batch, sequence].")
 
 
 def warn_without_image_dropout(training: dict | None) -> None:

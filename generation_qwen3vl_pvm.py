@@ -3,6 +3,7 @@
 
 from collections.abc import Collection
 
+import torch
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 
@@ -73,7 +74,7 @@ class PVMGenerationMixin:
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
         """As the stock model: continuous batching, of text only."""
-        placeholders = {self.config.image_token_id, self.config.video_token_id}
-        if any(not placeholders.isdisjoint(row) for row in inputs):
+        placeholders = torch.tensor([self.config.image_token_id, self.config.video_token_id])
+        if any(torch.isin(torch.as_tensor(row).cpu(), placeholders).any() for row in inputs):
             raise ValueError("`generate_batch` cannot pass images to the model. Call `generate`.")
         return super().generate_batch(inputs, *args, **kwargs)

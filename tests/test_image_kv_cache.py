@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 import eviction_qwen3vl_pvm
 import tiny
@@ -235,10 +235,19 @@ def test_copies_and_reset(model, mode, tmp_path):
 def test_static_caches_are_refused(model, mode):
     batch = tiny.inputs(*BATCHES["one image"])
     cache = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="not a static one"):
+    with pytest.raises(ValueError, match="not a static or sliding one"):
         tiny.logits(model, batch, past_key_values=cache, use_cache=True, image_kv_cache=mode)
-    with pytest.raises(ValueError, match="form|static"):
+    with pytest.raises(ValueError, match="static"):
         generate(model, batch, cache_implementation="static", image_kv_cache=mode)
+
+
+@pytest.mark.parametrize("mode", ["evict", "skip"])
+def test_sliding_caches_are_refused(model, mode):
+    cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=8) for _ in range(4)])
+    with pytest.raises(ValueError, match="sliding"):
+        tiny.logits(
+            model, tiny.inputs(*BATCHES["one image"]), past_key_values=cache, use_cache=True, image_kv_cache=mode
+        )
 
 
 def test_evict_needs_a_cache(model):

@@ -431,8 +431,9 @@ def test_prompt_lookup_never_proposes_placeholders(model):
 
 
 def test_continuous_batching_refuses_images(model):
-    with pytest.raises(ValueError, match="cannot pass images"):
-        model.generate_batch([text(3), [*text(2), tiny.IMAGE_TOKEN]])
+    for row in ([*text(2), tiny.IMAGE_TOKEN], torch.tensor([*text(2), tiny.VIDEO_TOKEN])):
+        with pytest.raises(ValueError, match="cannot pass images"):
+            model.generate_batch([text(3), row])
 
 
 def test_export_of_a_decode_step(model):
