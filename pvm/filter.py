@@ -10,7 +10,7 @@ must lose that much of its log-probability. What is measured is kept: the same c
 `--min_drop` and `--overwrite true` nothing is measured again.
 
 The rows are written as they were published, for `pvm train` and `pvm grpo` to read, with a data card: what was removed
-and why, and the licences. removed_rows.jsonl lists every removed row. `--dry_run true` writes no more than this list.
+and why, and the licences. removed_rows.jsonl lists every removed row. `--dry_run true` writes only such a list.
 """
 
 from pathlib import Path

@@ -38,11 +38,8 @@ def run(output_dir: Path, *flags) -> list[dict]:
     """Filter; what of the rows was removed."""
     model = () if "--model_name_or_path" in flags else ("--model_name_or_path", BACKBONE)
     filter_script.main([*map(str, (*model, "--output_dir", output_dir, *flags))])
-    return removed_rows(output_dir)
-
-
-def removed_rows(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "removed_rows.jsonl").read_text().splitlines()]
+    listed = output_dir / "removed_rows.jsonl"
+    return [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
 
 
 def write_rows(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
@@ -307,8 +304,14 @@ def test_results_are_not_overwritten(tmp_path):
     other = write_rows(tmp_path, [question()], "other.jsonl")
     with pytest.raises(UserError, match="rows.jsonl is not of these data sets"):
         run(out, "--dataset_name", other, "--overwrite", "true")
-    run(out, "--dataset_name", file, "--overwrite", "true", "--dry_run", "true")
-    assert (out / "README.md").read_text() == before
+    listed = (out / "removed_rows.jsonl").read_text()
+    dry_run = ("--dataset_name", file, "--image_root", tmp_path, "--match", "choice", "--dry_run", "true")
+    with pytest.raises(UserError, match="No row is left"):
+        run(out, *dry_run)
+    assert (out / "README.md").read_text() == before and (out / "removed_rows.jsonl").read_text() == listed
+    write_rows(tmp_path, [question()], "README.md")
+    with pytest.raises(UserError, match="README.md is not a result of `pvm filter`"):
+        run(tmp_path, "--dataset_name", file, "--overwrite", "true")
     run(out, "--dataset_name", file, "--overwrite", "true", "--match", "exact")
     assert "`--match exact`" in (out / "README.md").read_text()
 
@@ -316,8 +319,9 @@ def test_results_are_not_overwritten(tmp_path):
 def test_a_dry_run_lists_what_it_would_remove(tmp_path, capsys):
     file = write_rows(tmp_path, [question(), question(image=None)])
     flags = ("--dataset_name", file, "--dry_run", "true", "--min_drop", "0.1")
-    assert [row["rule"] for row in run(tmp_path / "out", *flags)] == ["no image"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["removed_rows.jsonl"]
+    assert run(tmp_path / "out", *flags) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dry_run.jsonl"]
+    assert json.loads((tmp_path / "out/dry_run.jsonl").read_text())["rule"] == "no image"
     assert "--min_drop was not applied" in capsys.readouterr().out
 
 

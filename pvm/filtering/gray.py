@@ -49,14 +49,12 @@ def answer_log_probabilities(model: PreTrainedModel, batch: dict[str, torch.Tens
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:].to(hidden.device)
     is_label = labels != IGNORE_INDEX
-    chosen = torch.cat(
-        [
-            -torch.nn.functional.cross_entropy(model.lm_head(states).float(), tokens, reduction="none")
-            for states, tokens in zip(hidden[is_label].split(CHUNK), labels[is_label].split(CHUNK))
-        ]
-    )
+    chosen = []
+    for states, tokens in zip(hidden[is_label].split(CHUNK), labels[is_label].split(CHUNK)):
+        logits = model.lm_head(states).float()  # with tied embeddings perhaps on another GPU
+        chosen.append(-torch.nn.functional.cross_entropy(logits, tokens.to(logits.device), reduction="none").cpu())
     counts = is_label.sum(dim=1).tolist()
-    return counts, [float(row.double().sum()) for row in chosen.cpu().split(counts)]
+    return counts, [float(row.double().sum()) for row in torch.cat(chosen).split(counts)]
 
 
 def measure(

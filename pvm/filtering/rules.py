@@ -57,8 +57,9 @@ class FilterArguments:
     min_drop: float | None = field(
         default=None,
         metadata={
-            "help": "Keep answers whose log-probability drops by at least this much, in nats per token, when all "
-            "images are gray. Start with 0, look at the quantiles, and choose: measurements are kept."
+            "help": "Keep answers (last turns, thoughts included) whose log-probability drops by at least this much, "
+            "in nats per token, when all images are gray. Start with 0, look at the quantiles, and choose: "
+            "measurements are kept."
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Rows that the model reads together."})

@@ -26,7 +26,7 @@ from pvm.filtering.rules import RULES, FilterArguments, Removal, find_removals
 from pvm.terminal import Terminal
 
 
-CARD, REMOVED, DATA, MEASURED = "README.md", "removed_rows.jsonl", "data", "gray_images"
+CARD, REMOVED, DRY_RUN, DATA, MEASURED = "README.md", "removed_rows.jsonl", "dry_run.jsonl", "data", "gray_images"
 SHOWN_ROWS = 3  # that an error lists
 
 
@@ -39,6 +39,7 @@ def filter_rows(arguments: FilterArguments, data_args: DataArguments, console: T
     """
     output_dir = Path(arguments.output_dir)
     names = file_names(data_args.sources())
+    listed = output_dir / (DRY_RUN if data_args.dry_run else REMOVED)  # a dry run leaves those of a result alone
     if not data_args.dry_run:
         check_output(output_dir, names, arguments.overwrite)
     processor = processor_of(arguments.model_name_or_path)
@@ -56,13 +57,13 @@ def filter_rows(arguments: FilterArguments, data_args: DataArguments, console: T
     removals = [
         find_removals(source, check, arguments, data_args.max_length) for source, check in zip(sources, checks)
     ]
-    list_removals(output_dir / REMOVED, sources, removals)
+    list_removals(listed, sources, removals)
     check_unusable(sources, removals, data_args.max_skipped)
 
     drops: list[list[float]] = [[] for _ in sources]
     if arguments.min_drop is not None and not data_args.dry_run:
         drops = remove_by_drop(arguments, names, sources, checks, removals, processor, output_dir)
-        list_removals(output_dir / REMOVED, sources, removals)
+        list_removals(listed, sources, removals)
 
     filtered = [
         Filtered(source, name, len(rows), dict(Counter(removal.rule for removal in removed.values())), dropped)
@@ -71,7 +72,7 @@ def filter_rows(arguments: FilterArguments, data_args: DataArguments, console: T
     show(counts_table(filtered), console)
     if any(drops):
         show(quantiles_table(filtered), console)
-    console.print(f"Removed rows, with reasons: {output_dir / REMOVED}")
+    console.print(f"Removed rows, with reasons: {listed}")
     if not any(each.kept for each in filtered):
         counts = sum((Counter(each.removed) for each in filtered), Counter())
         reasons = "; ".join(f"{counts[rule]:,}: {RULES[rule]}" for rule in RULES if counts[rule])
@@ -113,10 +114,12 @@ def file_names(sources: Sequence[Source]) -> list[str]:
 def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> None:
     """
     Raises:
-        UserError: if there is a result that may not be overwritten, or a file that would stay between the rows.
+        UserError: if there is a result that may not be overwritten, or a file that is not of one.
     """
     data = sorted((output_dir / DATA).glob("*")) if (output_dir / DATA).is_dir() else []
     old = [file for file in (output_dir / CARD, *data) if file.exists()]
+    if old and not (output_dir / REMOVED).is_file():
+        raise UserError(f"{old[0]} is not a result of `pvm filter`. Choose another --output_dir.")
     if old and not overwrite:
         raise UserError(f"{old[0]} exists already. Choose another --output_dir, or replace it with --overwrite true.")
     for file in data:
@@ -236,8 +239,10 @@ def used_flags(arguments: FilterArguments, data_args: DataArguments) -> dict[str
 def show(table: list[list[str]], console: Terminal) -> None:
     headings, *rows = table
     printed = Table()
-    for index, heading in enumerate(headings):
-        printed.add_column(heading, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
+    for index, cells in enumerate(zip(*rows)):
+        # Names of data sets are wrapped, and nothing else, so that nothing is cut off.
+        least = max(map(len, cells))
+        printed.add_column(headings[index], justify="right" if index else "left", overflow="fold", min_width=least)
     for row in rows:
         printed.add_row(*row)
     console.print(printed)
