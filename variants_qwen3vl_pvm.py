@@ -26,6 +26,7 @@ class TokenGateBlock(Qwen3VLPVMBlock):
 class ImageOrderBlock(Qwen3VLPVMBlock):
     """PVM whose memory knows the order of images and video frames: keys and values say which one they are from."""
 
+    counts_images = True
     features = 32  # of an image's number: sines and cosines
 
     def __init__(self, config, layer_idx):

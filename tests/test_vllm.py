@@ -500,6 +500,7 @@ def test_refused_options(adapter, options, message):
             {"model_type": "qwen3_vl", "architectures": [REFERENCE_ARCHITECTURE]},
             r"as in the authors' implementation.*python -m pvm convert .* --to whole",
         ),
+        ({"text_config": {"pvm_block": "image_order"}}, r"need to know which image.*pvm serve"),
         ({"peft_adapter": "lora"}, r"would be served without it\. Add `--enable-lora --lora-modules NAME=.*/lora`"),
         (
             {"base_model_name_or_path": "/nowhere/base"},
