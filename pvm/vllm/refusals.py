@@ -39,8 +39,8 @@ class ServedCheckpoint(VerifyAndUpdateConfig):
             )
         if BLOCKS[config.text_config.pvm_block].counts_images:
             raise ValueError(
-                f"The branches of {name} (`{config.text_config.pvm_block}`) need to know which image a visual token is "
-                f"from, and vLLM does not say. Use `pvm serve {name}`."
+                f"The branches of {name} (`{config.text_config.pvm_block}`) need to know which image a visual token "
+                f"is from, and vLLM does not say. Use `pvm serve {name}`."
             )
         if config.peft_adapter is not None and vllm_config.lora_config is None:
             raise ValueError(
