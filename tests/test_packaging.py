@@ -1,6 +1,7 @@
 """What an installation consists of, that it works in an empty folder, and what the requirements promise."""
 
 import ast
+import json
 import logging
 import os
 import re
@@ -33,23 +34,20 @@ from training import ROOT
 
 HUB_FILES = sorted(file.name for file in ROOT.glob("*_qwen3vl_pvm.py"))
 SHORTER = {
-    "train": ["--max_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"],
-    "eval": ["--max_samples", "3", "--diagnostic_rows", "1", "--ablations", "branch_off"],
+    "train": ["--max_steps=1", "--warmup_steps=0", "--per_device_train_batch_size=2", "--disable_tqdm=true"],
+    "eval": ["--max_samples=2", "--diagnostic_rows=0", "--ablations", "branch_off"],
 }
-# `pvm demo` and `pvm inspect` in one process, because each would import everything anew.
+# The commands of `pvm demo` in one process, because each would import everything anew.
 DRIVER = """
-import importlib, json, sys, threading
-from pvm import __main__, demo
+import importlib, json, sys
+from pvm import demo
+from pvm.checkpoints.inspect import inspect
 
-one_at_a_time = threading.Lock()
-
-def run_command(command, flags, log):
-    with one_at_a_time:
-        importlib.import_module(f"pvm.{command}").main([*flags, *json.loads(sys.argv[1])[command]])
-    return 0
-
-demo.main([], run_command)
-__main__.main(["inspect", "runs/digits_pvm"])
+commands = []
+demo.main([], lambda *command: commands.append(command))
+for command, flags, _ in commands:
+    importlib.import_module(f"pvm.{command}").main([*flags, *json.loads(sys.argv[1])[command]])
+print("code", json.dumps(inspect("runs/digits_pvm").code))
 for name, module in sorted(sys.modules.items()):
     if name == "pvm" or name.startswith("pvm.") or name.endswith("_qwen3vl_pvm"):
         print("from", module.__file__)
@@ -98,7 +96,7 @@ def test_an_installation_is_complete(installed):
 def test_the_demo_from_an_empty_folder(installed, tmp_path):
     write_rows(tmp_path / "data" / "digits")  # fewer than the demo's
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(SHORTER).replace("'", '"')],
+        [sys.executable, "-c", DRIVER, json.dumps(SHORTER)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
@@ -110,9 +108,9 @@ def test_the_demo_from_an_empty_folder(installed, tmp_path):
     assert (tmp_path / "runs/digits_eval/report.html").stat().st_size > 10_000
     checkpoint = tmp_path / "runs/digits_pvm"
     assert sorted(file.name for file in checkpoint.glob("*.py")) == HUB_FILES
-    assert all((checkpoint / name).read_bytes() == (ROOT / name).read_bytes() for name in HUB_FILES)
-    (code,) = re.findall(r"code of this installation +(.*)", result.stdout)
-    assert set(code.split(", ")) == set(HUB_FILES)
+    assert all((checkpoint / name).read_bytes() == (installed / name).read_bytes() for name in HUB_FILES)
+    (code,) = re.findall(r"^code (.*)", result.stdout, re.MULTILINE)
+    assert json.loads(code) == dict.fromkeys(HUB_FILES, "this installation")
 
 
 def test_the_command(installed, tmp_path):
