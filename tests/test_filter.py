@@ -272,7 +272,7 @@ def test_other_models_and_images_are_measured_anew(colours, base, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
-        ([question(), question(image="a/b.png")], (), r"1 of 2 .* cannot be used.*\n.*row 1 \(line 2\): the image"),
+        ([question(), question(image="a/b.png")], (), r"1 of 2 .* lists them; .*\n.*row 1 \(line 2\): the image"),
         ([question(image=None), question("yes")], (), "No row is left .1: it has no image; 1: its answer is none"),
         ([{"q": "How many?", "a": "3"}], (), "has the columns q, a, which match no supported form"),
         ([question()], ("--dtype", "float32"), "--dtype does nothing without --min_drop"),
@@ -312,8 +312,26 @@ def test_results_are_not_overwritten(tmp_path):
     write_rows(tmp_path, [question()], "README.md")
     with pytest.raises(UserError, match="README.md is not a result of `pvm filter`"):
         run(tmp_path, "--dataset_name", file, "--overwrite", "true")
-    run(out, "--dataset_name", file, "--overwrite", "true", "--match", "exact")
-    assert "`--match exact`" in (out / "README.md").read_text()
+    run(out, "--dataset_name", file, "--overwrite", "true", "--match", "exact", "--max_samples", "9")
+    assert "`--max_samples 9`, `--match exact`" in (out / "README.md").read_text()
+
+
+def test_an_interrupted_result_is_finished_by_the_same_command(tmp_path, monkeypatch):
+    file, out = write_rows(tmp_path, [question()]), tmp_path / "out"
+    run(out, "--dataset_name", file)
+    before = (out / "README.md").read_text()
+
+    def interrupt(*args):
+        (out / "data/.rows.jsonl.tmp").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pvm.filtering.run.has_image_files", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, "--dataset_name", file, "--overwrite", "true")
+    assert not (out / "README.md").exists() and (out / "data/rows.jsonl").exists()
+    monkeypatch.undo()
+    run(out, "--dataset_name", file)
+    assert (out / "README.md").read_text() == before
 
 
 def test_a_dry_run_lists_what_it_would_remove(tmp_path, capsys):

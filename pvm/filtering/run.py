@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -58,7 +59,7 @@ def filter_rows(arguments: FilterArguments, data_args: DataArguments, console: T
         find_removals(source, check, arguments, data_args.max_length) for source, check in zip(sources, checks)
     ]
     list_removals(listed, sources, removals)
-    check_unusable(sources, removals, data_args.max_skipped)
+    check_unusable(sources, removals, data_args.max_skipped, listed)
 
     drops: list[list[float]] = [[] for _ in sources]
     if arguments.min_drop is not None and not data_args.dry_run:
@@ -82,6 +83,7 @@ def filter_rows(arguments: FilterArguments, data_args: DataArguments, console: T
         console.print(f"Nothing else was written.{unapplied}")
         return
 
+    (output_dir / CARD).unlink(missing_ok=True)  # it is there if the result is complete
     (output_dir / DATA).mkdir(exist_ok=True)
     for each, source, removed in zip(filtered, sources, removals):
         if each.kept:
@@ -116,19 +118,19 @@ def check_output(output_dir: Path, names: Sequence[str], overwrite: bool) -> Non
     Raises:
         UserError: if there is a result that may not be overwritten, or a file that is not of one.
     """
-    data = sorted((output_dir / DATA).glob("*")) if (output_dir / DATA).is_dir() else []
-    old = [file for file in (output_dir / CARD, *data) if file.exists()]
+    card, data = output_dir / CARD, sorted((output_dir / DATA).glob("[!.]*"))
+    old = [file for file in (card, *data) if file.exists()]
     if old and not (output_dir / REMOVED).is_file():
         raise UserError(f"{old[0]} is not a result of `pvm filter`. Choose another --output_dir.")
-    if old and not overwrite:
-        raise UserError(f"{old[0]} exists already. Choose another --output_dir, or replace it with --overwrite true.")
+    if card.exists() and not overwrite:
+        raise UserError(f"{card} exists already. Choose another --output_dir, or replace it with --overwrite true.")
     for file in data:
         if file.stem not in names:
             raise UserError(f"{file} is not of these data sets. Move it away, or choose another --output_dir.")
 
 
 def check_unusable(
-    sources: Sequence[Conversations], removals: Sequence[dict[int, Removal]], max_skipped: float
+    sources: Sequence[Conversations], removals: Sequence[dict[int, Removal]], max_skipped: float, listed: Path
 ) -> None:
     """
     Raises:
@@ -140,7 +142,7 @@ def check_unusable(
             first = "".join(f"\n  {source.where(index)}: {removed[index].problem}" for index in unusable[:SHOWN_ROWS])
             raise UserError(
                 f"{len(unusable):,} of {len(source):,} rows of {source.name} cannot be used, more than --max_skipped "
-                f"{max_skipped:g} allows; the first:{first}"
+                f"{max_skipped:g} allows. {listed} lists them; the first:{first}"
             )
 
 
@@ -221,13 +223,14 @@ def flags(filtered: Sequence[Filtered], output_dir: Path, data_args: DataArgumen
         words += ["--image_root", *(str(each.root or output_dir) for each in written)]
     if data_args.allow_image_urls:
         words += ["--allow_image_urls", "true"]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def used_flags(arguments: FilterArguments, data_args: DataArguments) -> dict[str, str]:
     """The flags that decided which rows are kept."""
     used = {
         "model_name_or_path": public_name(arguments.model_name_or_path)["name"],
+        "max_samples": data_args.max_samples and " ".join(map(str, data_args.max_samples)),
         "match": " ".join(arguments.match),
         "max_length": data_args.max_length,
         "max_per_id": arguments.max_per_id,
