@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,12 @@ from threading import Lock
 
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from packaging.utils import canonicalize_name
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from modeling_qwen3vl_pvm import pvm_blocks
 from pvm.app import answers, server
@@ -29,6 +34,7 @@ from pvm.checkpoints.loading import load_checkpoint
 from pvm.errors import UserError
 from pvm.evaluation.ablations import Ablation, generate_in_two_parts
 from pvm.evaluation.questions import image_distance
+from pvm.worlds.language import NAMES
 from training import PVM, ROOT, run
 
 
@@ -39,7 +45,7 @@ BACKBONE = ROOT / "assets" / "digits-backbone"
 @pytest.fixture(scope="module")
 def folder(conversations, tmp_path_factory) -> Path:
     """A PVM checkpoint on the demo's backbone whose branches change every answer."""
-    return run(BACKBONE, conversations, tmp_path_factory.mktemp("app") / "pvm", *PVM, "--gate_learning_rate", "0.3")
+    return run(BACKBONE, conversations, tmp_path_factory.mktemp("app") / "pvm", *PVM, "--gate_learning_rate", "0.4")
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +272,153 @@ def space(folder, tmp_path_factory) -> Path:
     with pytest.raises(UserError, match="exists and is left as it is"):
         write_space([str(folder)], target)
     return target
+
+
+@pytest.fixture(scope="module")
+def page(space) -> str:
+    """The address of the page that the Space shows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PORT": str(port), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    with subprocess.Popen(
+        [sys.executable, "app.py"], cwd=space, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/setup").close()
+                    break
+                except urllib.error.URLError:
+                    assert process.poll() is None, process.stderr.read()
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def post(address: str, content: bytes) -> tuple[int, list[dict]]:
+    """Status, and the lines of JSON."""
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(address, content, method="POST"))
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        return response.status, [json.loads(line) for line in response]
+
+
+def png(size: tuple[int, int]) -> bytes:
+    content = BytesIO()
+    Image.new("1", size).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_space(space):
+    card = RepoCard.load(space / "README.md", repo_type="space")
+    assert card.data.sdk == "docker" and card.data.app_port == 7860
+    assert not (space / "pvm/recipes").exists() and len(list(space.glob("*_qwen3vl_pvm.py"))) >= 8
+    written = [file for file in space.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+    assert not any(str(ROOT).encode() in file.read_bytes() for file in written), "paths of this machine"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "says"),
+    [
+        ("image?name=a.png", b"no image", "the image a.png cannot be read: its format is not known."),
+        ("image?name=a.png", bytes(21 * 2**20), server.TOO_LARGE),
+        ("image?name=a.png", png((10_000, 10_000)), "exceeds limit"),
+        ("answer", b"{}", "This is not a question"),
+        ("answer", json.dumps({"model": 7, "text": "a", "image": ""}).encode(), "There is no model 7."),
+    ],
+)
+def test_the_server_refuses(page, path, content, says):
+    status, (line,) = post(f"{page}/{path}", content)
+    assert status == 422 and says in line["error"]
+
+
+def test_the_first_token_comes_at_once(page):
+    content = json.dumps({"model": 0, "text": "Cell golf?", "image": picture(0)}).encode()
+    post(f"{page}/answer", content)  # warm
+    start = time.perf_counter()
+    with urllib.request.urlopen(urllib.request.Request(f"{page}/answer", content, method="POST")) as response:
+        response.readline()
+        first = json.loads(response.readline())
+        seconds = time.perf_counter() - start
+        assert first["text"] and len(response.read()) > 0
+    assert seconds < 5, "under a second on two cores that are free"
+
+
+def test_in_a_browser(page, checkpoints, tmp_path):
+    """It loads, answers, draws; both columns differ; a broken file gets a sentence; two visitors do not mix."""
+
+    def both(cell: str, image: str) -> list[str]:
+        text = f"Cell {cell}?"
+        return [text_of(ask(checkpoints["PVM"], text=text, image=image, use_pvm=on)[1]) for on in (True, False)]
+
+    setup = json.load(urllib.request.urlopen(f"{page}/setup"))
+    image = setup["examples"][0]["image"]
+    expected = {cell: both(cell, image) for cell in NAMES}
+    first, *others = [cell for cell in NAMES if expected[cell][0] != expected[cell][1]]
+    second = next(cell for cell in others if expected[cell] != expected[first])
+
+    options = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1400"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options) as browser:
+        wait = WebDriverWait(browser, 60)
+
+        def written(_=None) -> list[str]:
+            """The answers, once they are complete."""
+            columns = browser.find_elements(By.CSS_SELECTOR, ".column[data-state=done] .answer")
+            return len(columns) == 2 and [column.text for column in columns]
+
+        def write(cell: str) -> None:
+            field = browser.find_element(By.ID, "text")
+            field.clear()
+            field.send_keys(f"Cell {cell}?")
+
+        visitors = [browser.current_window_handle]
+        browser.switch_to.new_window("tab")
+        visitors.append(browser.current_window_handle)
+        for visitor, cell in zip(visitors, (first, second)):
+            browser.switch_to.window(visitor)
+            browser.get(page)
+            wait.until(written)  # the first example
+            write(cell)
+        for visitor in visitors:  # both at once
+            browser.switch_to.window(visitor)
+            browser.execute_script("document.querySelector('#send').click()")
+        for visitor, cell in zip(visitors, (first, second)):
+            browser.switch_to.window(visitor)
+            assert wait.until(written) == expected[cell]
+
+        drawn = browser.execute_script(
+            "return [...document.querySelectorAll('.column')].map("
+            "column => [...column.querySelectorAll('canvas')].map(canvas => canvas.toDataURL()))"
+        )
+        assert list(map(len, drawn)) == [4, 1] and len({*drawn[0], *drawn[1]}) == 5, "self-attention, three branches"
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".chart polyline")) == 3
+        headings = browser.find_elements(By.CSS_SELECTOR, ".candidates th")
+        assert [heading.text for heading in headings] == ["With branches", "Without branches"] * 2
+
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        (tmp_path / "huge.png").write_bytes(bytes(21 * 2**20))
+        (tmp_path / "fine.png").write_bytes(png((48, 24)))
+        upload = browser.find_element(By.CSS_SELECTOR, "#image input")
+        message = browser.find_element(By.ID, "message")
+        for name, says in (("broken.png", "broken.png cannot be read"), ("huge.png", server.TOO_LARGE)):
+            upload.send_keys(str(tmp_path / name))
+            wait.until(lambda _, says=says: says in message.text)
+            assert browser.find_element(By.CSS_SELECTOR, "#image img").get_attribute("src") == image, "kept"
+        upload.send_keys(str(tmp_path / "fine.png"))
+        wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, "#image img").get_attribute("src") != image)
+        assert message.text == ""
+
+        select = browser.find_element(By.CSS_SELECTOR, ".column [name=image_kv_cache]")
+        Select(select).select_by_value("evict")
+        browser.find_element(By.ID, "send").click()
+        wait.until(written)
+        assert re.search(r"saved \(18 visual tokens\)", browser.find_element(By.CLASS_NAME, "facts").text)
+        errors = [entry for entry in browser.get_log("browser") if "422" not in entry["message"]]
+        assert errors == []

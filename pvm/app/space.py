@@ -1,5 +1,6 @@
 """The page as a Hugging Face Space: a folder with all it needs, that also runs here (`python app.py`)."""
 
+import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,7 @@ os.chdir(os.path.dirname(os.path.abspath(__file__)))
 main(["app", {models}, "--host", "0.0.0.0", "--port", os.environ.get("PORT", "7860")])
 """
 DOCKERFILE = """\
-FROM python:3.11-slim
+FROM python:{python}-slim
 RUN useradd --create-home --uid 1000 user
 USER user
 WORKDIR /home/user/app
@@ -90,7 +91,7 @@ def write_space(models: list[str], folder: Path) -> None:
         texts = {
             "README.md": README.format(models=on_hub),
             "app.py": APP.format(models=", ".join(map(repr, names)).replace("'", '"')),
-            "Dockerfile": DOCKERFILE,
+            "Dockerfile": DOCKERFILE.format(python=".".join(platform.python_version_tuple()[:2])),
             "requirements.txt": "".join(versions),
         }
         for name, text in texts.items():

@@ -151,14 +151,14 @@ class Column {
   }
 
   showMaps(token) {
-    const maps = [["self", "Self-attention", this.pictures.image, token.self_attention, percent(token.share)]];
+    const maps = [["self", "Self-attention", this.pictures.image, token.self_attention, `${percent(token.share)} on it`]];
     for (const [layer, weights] of Object.entries(token.branches)) {
       maps.push(["branch", `Branch, layer ${layer}`, this.pictures.memory, weights, ""]);
     }
     $(".maps", this.root).replaceChildren(
       ...maps.map(([kind, title, picture, weights, share]) => {
-        const peak = weights.length ? `peak ${percent(Math.max(...weights))}` : "the image is not there";
-        const caption = element("figcaption", {}, title, element("br"), share ? `${share} on it; ${peak}` : peak);
+        const says = weights.length ? share || `peak ${percent(Math.max(...weights))}` : "not in the cache";
+        const caption = element("figcaption", {}, title, element("br"), says);
         return element("figure", { class: kind }, this.heatMap(picture, weights), caption);
       }),
     );
@@ -166,7 +166,7 @@ class Column {
 
   heatMap(picture, weights) {
     const [rows, columns] = this.prompt.grid;
-    const scale = Math.max(1, 320 / Math.max(picture.width, picture.height));
+    const scale = 320 / Math.max(picture.width, picture.height);
     const canvas = element("canvas", { width: picture.width * scale, height: picture.height * scale });
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = scale < 4;
@@ -191,29 +191,25 @@ class Column {
     const branches = Object.keys(this.tokens[0].branches).length;
     const [left, right, top, bottom] = [46, 470, 12, 160];
     const x = (k) => left + ((right - left) * k) / Math.max(shares.length - 1, 1);
-    const highest = Math.max(...shares);
-    const most = branches || highest > 0.5 ? 1 : highest > 0.2 ? 0.5 : 0.2;
-    const y = (share) => bottom - ((bottom - top) * share) / most;
+    const y = (share) => bottom - (bottom - top) * share;
     const first = asked.length - 1;
     const line = (values) => values.map((value, k) => `${x(k).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
     const parts = [shape("rect", { class: "written", x: x(first), y: top, width: right - x(first), height: bottom - top })];
-    for (const share of [0, most / 2, most]) {
+    for (const share of [0, 0.5, 1]) {
       parts.push(shape("line", { class: "grid", x1: left, x2: right, y1: y(share), y2: y(share) }));
       parts.push(shape("text", { x: left - 4, y: y(share) + 4, "text-anchor": "end" }, `${Math.round(100 * share)} %`));
     }
     const chosen = x(first + this.chosen);
     parts.push(shape("line", { class: "chosen", x1: chosen, x2: chosen, y1: top, y2: bottom }));
     parts.push(shape("polyline", { class: "self", points: line(shares) }));
-    const highestLate = Math.max(...shares.slice(Math.floor(0.7 * shares.length)));
-    parts.push(shape("text", { class: "self", x: right - 6, y: Math.max(y(highestLate) - 8, top + 32), "text-anchor": "end" }, "self-attention"));
     if (branches) {
       const values = [...this.prompt.branch_shares.slice(0, -1), ...this.tokens.map((token) => mean(Object.values(token.branches).map(sum)))];
       parts.push(shape("polyline", { class: "branch", points: line(values) }));
-      parts.push(shape("text", { class: "branch", x: right - 6, y: y(1) + 16, "text-anchor": "end" }, "branches: all of it, by construction"));
     }
     parts.push(shape("text", { x: left, y: bottom + 16 }, "tokens after the image"));
     parts.push(shape("text", { x: right, y: bottom + 16, "text-anchor": "end" }, `${shares.length}`));
     if (right - x(first) > 50) parts.push(shape("text", { x: x(first) + 4, y: bottom - 5 }, "answer"));
+    $(".chart .branch", this.root).hidden = !branches;
     $(".chart svg", this.root).replaceChildren(...parts);
   }
 
@@ -284,6 +280,8 @@ async function upload(name, file) {
 for (const name of ["image", "memory"]) {
   const label = $(`#${name}`);
   $("input", label).addEventListener("change", ({ target }) => upload(name, target.files[0]));
+  // A board of digits has 32 pixels a side.
+  $("img", label).addEventListener("load", ({ target }) => target.classList.toggle("tiny", target.naturalWidth < 100));
   label.addEventListener("dragover", (event) => event.preventDefault());
   label.addEventListener("drop", (event) => {
     event.preventDefault();
