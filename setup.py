@@ -13,5 +13,5 @@ setup(
     # As modules: `custom_object_save` copies them from where they are imported into every checkpoint.
     py_modules=sorted(file.stem for file in Path(__file__).parent.glob("*_qwen3vl_pvm.py")),
     package_data={"": ["**/*"]},
-    exclude_package_data={"": ["**/__pycache__/*"]},
+    exclude_package_data={"": ["*.pyc"]},
 )

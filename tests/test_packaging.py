@@ -73,6 +73,9 @@ def installed(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (*HUB_FILES, "pyproject.toml", "setup.py", "README.md", "LICENSE", "train.py", "eval.py", "grpo.py"):
         shutil.copy(ROOT / name, source)
+    for folder in ("pvm", "pvm/data"):
+        (source / folder / "__pycache__").mkdir()
+        (source / folder / "__pycache__" / "stale.pyc").touch()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--no-compile", "--target", str(target), str(source)], check=True)
     return target
