@@ -46,7 +46,9 @@ def make_records(
     return [
         {
             **asdict(question),
-            **asdict(answer),
+            "prediction": answer.prediction,
+            "length": answer.length,
+            "cut": answer.cut,
             "verdict": found.value,
             "correct": found is Verdict.CORRECT,
         }
