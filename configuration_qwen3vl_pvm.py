@@ -13,15 +13,18 @@ logger = logging.get_logger(__name__)
 
 TRANSFORMERS = ((5, 16), (5, 24))  # the first version that this was run with, and the first after the last
 
-if not TRANSFORMERS[0] <= tuple(map(int, transformers.__version__.split(".")[:2])) < TRANSFORMERS[1]:
-    # By the logger of transformers: it says so once, however many checkpoints bring this file along.
-    logging.get_logger("transformers").warning_once(
-        "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install one of "
-        "those.".format(*TRANSFORMERS[0], *TRANSFORMERS[1], transformers.__version__)
-    )
-
 # The name of the authors' implementation in `config.json`; its parameter names are ours.
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
+
+
+def warn_about_other_transformers() -> None:
+    """Once, however many checkpoints bring this file along: hence the logger of transformers."""
+    first, next_untested = TRANSFORMERS
+    if not first <= tuple(map(int, transformers.__version__.split(".")[:2])) < next_untested:
+        logging.get_logger("transformers").warning_once(
+            "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install one "
+            "of those.".format(*first, *next_untested, transformers.__version__)
+        )
 
 
 def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
@@ -133,6 +136,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
     peft_adapter: str | None = None
 
     def __post_init__(self, **kwargs):
+        warn_about_other_transformers()
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = Qwen3VLPVMTextConfig(**(self.text_config or {}))
         elif not isinstance(self.text_config, Qwen3VLPVMTextConfig):

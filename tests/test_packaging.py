@@ -228,7 +228,7 @@ def test_another_transformers_is_warned_about_once(monkeypatch, version, times):
     monkeypatch.setattr(transformers, "__version__", version)
     with CaptureLogger(logging.getLogger("transformers")) as log:
         for _ in range(2):
-            runpy.run_path(configuration_qwen3vl_pvm.__file__)
+            runpy.run_path(configuration_qwen3vl_pvm.__file__)["Qwen3VLPVMConfig"]()
     assert log.out.count(f"transformers >= 5.16, < 5.24, and this is {version}") == times
 
 
