@@ -22,8 +22,8 @@ def warn_about_other_transformers() -> None:
     first, next_untested = TRANSFORMERS
     if not first <= tuple(map(int, transformers.__version__.split(".")[:2])) < next_untested:
         logging.get_logger("transformers").warning_once(
-            "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install one "
-            "of those.".format(*first, *next_untested, transformers.__version__)
+            "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install "
+            "one of those.".format(*first, *next_untested, transformers.__version__)
         )
 
 
