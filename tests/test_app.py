@@ -110,7 +110,8 @@ def test_the_answer_is_that_of_generate(checkpoints, kwargs):
         assert tokens[1]["share"] == 0 and tokens[1]["self_attention"] == []
         assert (tokens[0]["share"] > 0) == (kwargs["image_kv_cache"] == "evict"), "the question has seen it"
     assert all(sum(weights) == pytest.approx(1, abs=2e-3) for t in tokens for weights in t["branches"].values())
-    assert bool(tokens[0]["branches"]) == kwargs.get("use_pvm", True)
+    assert bool(tokens[0]["branches"]) == bool(prompt["branch_shares"]) == kwargs.get("use_pvm", True)
+    assert prompt["branch_shares"] == pytest.approx([1] * len(prompt["branch_shares"]), abs=1e-3)
     assert prompt["grid"] == [4, 4] and prompt["visual_tokens"] == 16
 
 
@@ -173,7 +174,9 @@ def test_conversations_in_turn_do_not_mix(checkpoints):
 
 def test_a_stock_model(checkpoints):
     prompt, tokens, _ = ask(checkpoints["stock"], image_kv_cache="evict", memory=picture(1), gate_scale=3)
-    assert prompt["branches"] == [] and tokens[0]["candidates_otherwise"] is None and tokens[0]["bytes_saved"] == 0
+    assert (
+        prompt["branch_shares"] == [] and tokens[0]["candidates_otherwise"] is None and tokens[0]["bytes_saved"] == 0
+    )
     assert "no PVM branches" in server.describe(checkpoints["stock"])["about"]
     assert server.describe(checkpoints["PVM"])["has_branches"]
 
@@ -210,6 +213,7 @@ class OtherTokenizer:
         ({"gate_scale": float("nan")}, "a number from 0 to 5"),
         ({"image_kv_cache": "lose"}, "neither keep nor evict nor skip"),
         ({"use_pvm": [9]}, "`use_pvm` is of the wrong type"),
+        ({"text": "\ud800"}, "This is not a question: .*surrogates"),
         ({"colour": 1}, "This is not a question: .*colour"),
     ],
 )
@@ -269,8 +273,6 @@ def test_requirements_of_the_space():
 def space(folder, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("space") / "page"
     write_space([str(folder)], target)
-    with pytest.raises(UserError, match="exists and is left as it is"):
-        write_space([str(folder)], target)
     return target
 
 
@@ -313,7 +315,9 @@ def png(size: tuple[int, int]) -> bytes:
     return content.getvalue()
 
 
-def test_a_space(space):
+def test_a_space(space, folder):
+    with pytest.raises(UserError, match="exists and is left as it is"):
+        write_space([str(folder)], space)
     card = RepoCard.load(space / "README.md", repo_type="space")
     assert card.data.sdk == "docker" and card.data.app_port == 7860
     assert not (space / "pvm/recipes").exists() and len(list(space.glob("*_qwen3vl_pvm.py"))) >= 8
@@ -327,7 +331,7 @@ def test_a_space(space):
         ("image?name=a.png", b"no image", "the image a.png cannot be read: its format is not known."),
         ("image?name=a.png", bytes(21 * 2**20), server.TOO_LARGE),
         ("image?name=a.png", png((10_000, 10_000)), "exceeds limit"),
-        ("answer", b"{}", "This is not a question"),
+        ("answer", rb'{"\ud800": 1}', r"unexpected keyword argument '\ud800'"),
         ("answer", json.dumps({"model": 7, "text": "a", "image": ""}).encode(), "There is no model 7."),
     ],
 )

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from tokenizers.decoders import DecodeStream
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache_qwen3vl_pvm import get_visual_memory, set_visual_memory
 from eviction_qwen3vl_pvm import evict_images
@@ -51,6 +51,7 @@ class Question:
 
     Raises:
         UserError: if a value is not of its type, or out of range.
+        UnicodeEncodeError: if the text is not valid Unicode.
     """
 
     model: int
@@ -66,6 +67,7 @@ class Question:
         for name, expected in types.items():
             if not isinstance(getattr(self, name), expected):
                 raise UserError(f"`{name}` is of the wrong type.")
+        self.text.encode()  # not of halves of surrogate pairs, which JSON may hold
         if not self.text.strip():
             raise UserError("Write a question.")
         if self.image_kv_cache not in ("keep", "evict", "skip"):
@@ -103,43 +105,57 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
+class Prediction(NamedTuple):
+    """
+    What a model makes of the tokens that it reads.
+
+    probabilities (`torch.Tensor` `[vocabulary]`): of the next token.
+    self_attention (`torch.Tensor` `[position, layer, visual]`), branches (`dict[int, torch.Tensor]`, by layer
+        `[position, visual]`): attention to the image, see [`forward_with_attention`]; of branches that are on.
+    """
+
+    probabilities: torch.Tensor
+    self_attention: torch.Tensor
+    branches: dict[int, torch.Tensor]
+
+    @property
+    def shares(self) -> list[float]:
+        """By position, that of self-attention on the image, a mean over layers."""
+        return _rounded(self.self_attention.sum(dim=-1).mean(dim=-1))
+
+    @property
+    def branch_shares(self) -> list[float]:
+        """Likewise of the branches; empty without them."""
+        return _rounded(torch.stack(list(self.branches.values())).sum(dim=-1).mean(dim=0)) if self.branches else []
+
+
+@dataclass
 class Reader:
     """
-    A conversation that is read by a model in one way: with branches or without. All state of it is in here.
+    A conversation as a model reads it in one way: with branches or without. It has all of the conversation's state.
 
-    Args:
-        cache (`DynamicCache`): holds the image.
-        positions (`torch.LongTensor` `[3, 1, prompt]`): rotary positions of the prompt.
-        visual (`torch.BoolTensor` `[prompt]`): where visual tokens are.
-        gate_scale (`float`): factor of all gates.
-        model_kwargs: more arguments of the forward pass.
+    cache (`DynamicCache`): holds the image.
+    positions (`torch.LongTensor` `[3, 1, sequence]`): rotary positions of the prompt, and of what was read after it.
+    visual (`torch.BoolTensor` `[prompt]`): where visual tokens are.
+    use_pvm (`bool`, *optional*): of a model with branches, whether they are on.
+    gate_scale (`float`): factor of all gates.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: DynamicCache,
-        positions: torch.LongTensor,
-        visual: torch.BoolTensor,
-        gate_scale: float,
-        **model_kwargs: Any,
-    ):
-        self.model, self.cache, self.positions, self.visual = model, cache, positions, visual
-        self.gate_scale, self.model_kwargs = gate_scale, model_kwargs
+    model: PreTrainedModel
+    cache: DynamicCache
+    positions: torch.LongTensor
+    visual: torch.BoolTensor
+    use_pvm: bool | None = None
+    gate_scale: float = 1.0
 
-    def read(self, tokens: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-        """
-        Read the next tokens `[1, new]`.
-
-        Returns:
-            Probabilities of what follows, `[vocabulary]`; attention to the image as [`forward_with_attention`] returns
-            it.
-        """
+    def read(self, tokens: torch.LongTensor) -> Prediction:
+        """Read the next tokens `[1, new]`."""
         past = self.cache.get_seq_length()
         length = past + tokens.shape[1]
-        while self.positions.shape[-1] < length:
+        if length > self.positions.shape[-1]:  # one more than the prompt and the answer so far
             self.positions = torch.cat([self.positions, self.positions[..., -1:] + 1], dim=-1)
-        seen, branches = [], []
+        model_kwargs = {} if self.use_pvm is None else {"use_pvm": self.use_pvm}
+        self_attention, branches = [], []
         with scaled_gates(self.model, self.gate_scale):
             for first in range(past, length, CHUNK):
                 end = min(first + CHUNK, length)
@@ -150,14 +166,14 @@ class Reader:
                     input_ids=tokens[:, first - past : end - past],
                     attention_mask=torch.ones_like(self.positions[0, :, :end]),
                     position_ids=self.positions[..., first:end],
-                    **self.model_kwargs,
+                    **model_kwargs,
                 )
-                seen.append(to_image)
-                branches.append(of_branches)
+                self_attention.append(to_image)
+                branches.append(of_branches if self.use_pvm else {})
         logits = self.model.lm_head(output.last_hidden_state[0, -1])
-        return (
+        return Prediction(
             logits.float().softmax(dim=-1).cpu(),
-            torch.cat(seen),
+            torch.cat(self_attention),
             {layer: torch.cat([chunk[layer] for chunk in branches]) for layer in branches[0]},
         )
 
@@ -182,18 +198,17 @@ def write_answer(checkpoint: Checkpoint, question: Question, lock: Lock) -> Iter
     Greedy answer of a model with eager attention, of at most `MAX_ANSWER` tokens.
 
     Args:
-        lock (`Lock`): of the model. Conversations at the same time take turns, a token each.
+        lock (`Lock`): of the model. Answers at the same time take turns, a token each.
 
     Yields:
         `dict`: first about the prompt: `image` and `memory`, as `data:` URIs, what self-attention and the branches
         saw; `grid`, `[rows, columns]` of visual tokens; `visual_tokens`; `shares` and `branch_shares` of the text
-        after the image; `branches`, their layers.
+        after the image, see [`Prediction`].
 
-        Then of each token: `text`; `share`, that of self-attention on the image, a mean over heads and layers;
-        `self_attention` `[visual]`, its distribution over the image (empty if the cache does not hold it), and
-        `branches` `{layer: [visual]}`; the most probable tokens `[text, probability]`, `candidates` and, if there are
-        branches, `candidates_otherwise`, for the same text with branches off if they are on, and on if they are off;
-        `cache_bytes` and `bytes_saved`.
+        Then of each token: `text`; `share`, that of self-attention on the image; `self_attention` `[visual]`, its
+        distribution over the image (empty if the cache does not hold it), and `branches` `{layer: [visual]}`; the most
+        probable tokens `[text, probability]`, `candidates` and, if there are branches, `candidates_otherwise`, for the
+        same text with branches off if they are on, and on if they are off; `cache_bytes` and `bytes_saved`.
 
         At last `end`: "end" or "length".
 
@@ -201,68 +216,80 @@ def write_answer(checkpoint: Checkpoint, question: Question, lock: Lock) -> Iter
         UserError: if the model cannot answer the question.
     """
     model, tokenizer = checkpoint.plain_model, checkpoint.processor.tokenizer
-    layers = pvm_blocks(model)
     image = _image(question.image)
     memory = None if question.memory is None else _image(question.memory).resize(image.size)
     batch = _encode(checkpoint, question.text, image)
-    distance = image_distance(batch["mm_token_type_ids"][0])
-    visual = batch["mm_token_type_ids"][0] > 0
-    skip = {"image_kv_cache": "skip"} if question.image_kv_cache == "skip" and layers else {}
+    other = None if memory is None else _encode(checkpoint, question.text, memory)
+    visual, grid = batch["mm_token_type_ids"][0] > 0, batch["image_grid_thw"][0, 1:]
     with lock:
-        cache, positions = process_images(model, batch, distance, **skip)
-        if memory is not None and layers:
-            other, _ = process_images(model, _encode(checkpoint, question.text, memory), distance, **skip)
-            set_visual_memory(cache, get_visual_memory(other))
-        uses = [question.use_pvm, not question.use_pvm] if layers else []
-        readers = [
-            Reader(model, copy.deepcopy(cache), positions, visual, question.gate_scale, use_pvm=use_pvm)
-            for use_pvm in uses
-        ] or [Reader(model, cache, positions, visual, 1.0)]
-        read = [reader.read(batch["input_ids"][:, -distance:]) for reader in readers]
-        if question.image_kv_cache == "evict" and layers:
-            for reader in readers:
-                evict_images(reader.cache)
-
-    (probabilities, to_image, branches), *_ = read
-    if not question.use_pvm:
-        branches = {}
-    merge = model.config.vision_config.spatial_merge_size
+        readers, predictions = _read_prompt(model, batch, other, question)
     yield {
         "image": data_uri(image),
         "memory": data_uri(memory or image),
-        "grid": (batch["image_grid_thw"][0, 1:] // merge).tolist(),
+        "grid": (grid // model.config.vision_config.spatial_merge_size).tolist(),
         "visual_tokens": int(visual.sum()),
-        "shares": _rounded(_share(to_image)),
-        "branch_shares": _rounded(torch.stack([w.sum(dim=-1) for w in branches.values()]).mean(0)) if branches else [],
-        "branches": list(branches),
+        "shares": predictions[0].shares,
+        "branch_shares": predictions[0].branch_shares,
     }
 
+    cache = readers[0].cache
+    per_token, _ = bytes_per_token(cache)
     ends, stream = model.generation_config.eos_token_id, DecodeStream(skip_special_tokens=True)
     for _ in range(MAX_ANSWER):
-        token = int(probabilities.argmax())
+        prediction, *otherwise = predictions
+        token = int(prediction.probabilities.argmax())
         if token in ends:
             yield {"end": "end"}
             return
-        (probabilities, to_image, branches), *otherwise = read
-        cache = readers[0].cache
-        per_token, _ = bytes_per_token(cache)
         number, visual_tokens = torch.tensor([cache.get_seq_length()]), visual.sum()[None].cpu()
-        in_cache = not layers or get_visual_memory(cache).in_kv_cache
-        attended = to_image[-1].mean(dim=0)
+        memory_of_branches = get_visual_memory(cache)
+        in_cache = memory_of_branches is None or memory_of_branches.in_kv_cache
+        attended = prediction.self_attention[-1].mean(dim=0)
         yield {
             "text": stream.step(tokenizer.backend_tokenizer, token) or "",
-            "share": _rounded(_share(to_image))[-1],
+            "share": prediction.shares[-1],
             "self_attention": _rounded(attended / attended.sum()),
-            "branches": {k: _rounded(weights[-1]) for k, weights in branches.items() if question.use_pvm},
-            "candidates": _candidates(probabilities, tokenizer),
-            "candidates_otherwise": _candidates(otherwise[0][0], tokenizer) if otherwise else None,
+            "branches": {layer: _rounded(weights[-1]) for layer, weights in prediction.branches.items()},
+            "candidates": _candidates(prediction, tokenizer),
+            "candidates_otherwise": _candidates(otherwise[0], tokenizer) if otherwise else None,
             "cache_bytes": cache_bytes(cache, number, visual_tokens)[0],
             "bytes_saved": 0 if in_cache else int(visual_tokens) * per_token,
         }
         with lock:
-            read = [reader.read(torch.tensor([[token]], device=model.device)) for reader in readers]
-        probabilities = read[0][0]
+            predictions = [reader.read(torch.tensor([[token]], device=model.device)) for reader in readers]
     yield {"end": "length"}
+
+
+def _read_prompt(
+    model: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    other: dict[str, torch.Tensor] | None,
+    question: Question,
+) -> tuple[list[Reader], list[Prediction]]:
+    """
+    Args:
+        batch: the prompt.
+        other: the same prompt with the image that branches are to see.
+
+    Returns:
+        A reader as the question asks for, and for a model with branches one in which they are off or on otherwise;
+        what each predicts after the prompt.
+    """
+    types = batch["mm_token_type_ids"][0]
+    distance, has_branches = image_distance(types), bool(pvm_blocks(model))
+    skip = {"image_kv_cache": "skip"} if question.image_kv_cache == "skip" and has_branches else {}
+    cache, positions = process_images(model, batch, distance, **skip)
+    if other is not None and has_branches:
+        set_visual_memory(cache, get_visual_memory(process_images(model, other, distance, **skip)[0]))
+    readers = [
+        Reader(model, copy.deepcopy(cache), positions, types > 0, use_pvm, question.gate_scale)
+        for use_pvm in ([question.use_pvm, not question.use_pvm] if has_branches else [None])
+    ]
+    predictions = [reader.read(batch["input_ids"][:, -distance:]) for reader in readers]
+    if question.image_kv_cache == "evict":
+        for reader in readers:
+            evict_images(reader.cache)
+    return readers, predictions
 
 
 def _image(uri: str) -> Image.Image:
@@ -285,13 +312,8 @@ def _encode(checkpoint: Checkpoint, text: str, image: Image.Image) -> dict[str, 
     return {key: value.to(checkpoint.plain_model.device) for key, value in batch.items()}
 
 
-def _share(to_image: torch.Tensor) -> torch.Tensor:
-    """`[position]`, from the weights `[position, layer, visual]`."""
-    return to_image.sum(dim=-1).mean(dim=-1)
-
-
-def _candidates(probabilities: torch.Tensor, tokenizer) -> list[tuple[str, float]]:
-    best = probabilities.topk(CANDIDATES)
+def _candidates(prediction: Prediction, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
+    best = prediction.probabilities.topk(CANDIDATES)
     return [(tokenizer.decode([token]), p) for token, p in zip(best.indices.tolist(), _rounded(best.values))]
 
 

@@ -21,6 +21,7 @@ from pvm.app.examples import examples
 from pvm.checkpoints.loading import Checkpoint
 from pvm.checkpoints.names import public_name
 from pvm.errors import UserError
+from pvm.terminal import printable
 from variants_qwen3vl_pvm import BLOCKS
 
 
@@ -69,7 +70,7 @@ def create_app(checkpoints: list[Checkpoint]) -> Starlette:
             Route("/answer", post_answer, methods=["POST"]),
             Mount("/", StaticFiles(directory=Path(__file__).with_name("static"), html=True)),
         ],
-        exception_handlers={UserError: lambda request, error: JSONResponse({"error": str(error)}, 422)},
+        exception_handlers={UserError: lambda request, error: JSONResponse({"error": printable(str(error))}, 422)},
     )
 
 
@@ -78,13 +79,16 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     description = checkpoint.description
     name, layers = public_name(description.path)["name"], ", ".join(description.gates)
     training = checkpoint.plain_model.config.text_config.to_dict().get("pvm_training") or {}
-    if not description.gates:
+    reads_image = description.block is not None and BLOCKS[description.block].reads_image
+    if description.block is None:
         about = (
             f"{name} has no PVM branches, so there is nothing to switch off. `pvm demo` or `pvm train` makes a "
             "checkpoint with branches."
         )
     elif not description.gates_on:
         about = f"Branches in layers {layers}. Their gates are all 0, so they change nothing: they are not trained."
+    elif not reads_image:
+        about = f"Branches in layers {layers} that do not read the image, as a control."
     elif not training.get("image_dropout"):
         about = (
             f"Branches in layers {layers}, trained without image dropout as far as the checkpoint says: without the "
@@ -94,8 +98,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         about = f"Branches in layers {layers}, trained with image dropout {training['image_dropout']}."
     return {
         "name": name,
-        "has_branches": bool(description.gates),
-        "reads_image": bool(description.gates) and BLOCKS[description.block].reads_image,
+        "has_branches": description.block is not None,
+        "reads_image": reads_image,
         "about": about,
     }
 
