@@ -41,15 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--space", type=Path, metavar="FOLDER", help="write a Space into this new folder")
     args = parser.parse_args(arguments)
     models = args.models or [str(DEMO if DEMO.is_dir() else shipped("assets") / "digits-backbone")]
-    if args.space is not None:
-        write_space(models, args.space)
-        return
     try:
         import uvicorn
 
         from pvm.app.server import create_app
     except ImportError as error:
         raise UserError("The page needs packages that are not installed: pip install starlette uvicorn") from error
+    if args.space is not None:
+        write_space(models, args.space)
+        return
 
     # An image that would fill the memory once it is unpacked is an error, not only a warning.
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

@@ -1,5 +1,6 @@
 """The page as a Hugging Face Space: a folder with all it needs, that also runs here (`python app.py`)."""
 
+import json
 import platform
 import shutil
 from importlib.metadata import version
@@ -7,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import configuration_qwen3vl_pvm
-from pvm.checkpoints.convert import main as convert
+from pvm.checkpoints.convert import load_merged
+from pvm.checkpoints.loading import load_processor
 from pvm.checkpoints.names import base_of, checkpoint_kind, public_name
 from pvm.checkpoints.push import checkpoint_files
 from pvm.errors import UserError
@@ -90,7 +92,7 @@ def write_space(models: list[str], folder: Path) -> None:
         versions = [f"{package}=={version(package).partition('+')[0]}\n" for package in PACKAGES]
         texts = {
             "README.md": README.format(models=on_hub),
-            "app.py": APP.format(models=", ".join(map(repr, names)).replace("'", '"')),
+            "app.py": APP.format(models=json.dumps(names)[1:-1]),
             "Dockerfile": DOCKERFILE.format(python=".".join(platform.python_version_tuple()[:2])),
             "requirements.txt": "".join(versions),
         }
@@ -109,7 +111,8 @@ def _copied(model: str, space: Path) -> str:
     if base is not None and Path(base[0]).is_dir():
         if checkpoint_kind(model) == "peft":
             raise UserError(f"{model} is a PEFT adapter for {base[0]}, which is not on the Hub. Merge it first.")
-        convert([model, str(space / name), "--to", "whole"])
+        load_merged(model, "main").save_pretrained(space / name)
+        load_processor(model).save_pretrained(space / name)
         return name
     (space / name).mkdir(parents=True)
     for file in checkpoint_files(source):
