@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
-from pvm.data.encoding import IGNORE_INDEX, ConversationDataset
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.encoding import IGNORE_INDEX, ConversationCollator, ConversationDataset
 from pvm.data.sources import Conversations
 from pvm.worlds import data, language
 from pvm.worlds.backbone import build_processor
@@ -96,13 +98,13 @@ def test_training_answers_end_within_256_tokens_of_the_pictures(processor, world
 
 def test_the_backbone_is_asked_about_pictures_at_short_distances_only(processor, world):
     rng = np.random.default_rng(0)
-    rows = [data.picture_row(world, False, rng) for _ in range(30)]
-    for example in map(encode(rows, processor).__getitem__, range(30)):
-        last_picture = int((example["mm_token_type_ids"] > 0).nonzero()[-1])
-        assert int((example["labels"] != IGNORE_INDEX).nonzero()[-1]) - last_picture < 100
-    for row in (data.text_row(world, 40, rng) for _ in range(30)):
-        if row["images"]:
-            assert all(message["content"][-1]["text"].startswith("Name ") for message in row["messages"][::2])
+    rows = [data.picture_row(world, rng) for _ in range(30)]
+    rows += [row for row in (data.text_row(world, 200, rng) for _ in range(60)) if row["images"]]
+    for row, example in zip(rows, map(encode(rows, processor).__getitem__, range(len(rows)))):
+        last_question = row["messages"][-2]["content"][-1]["text"]
+        if not last_question.startswith("Name "):
+            last_picture = int((example["mm_token_type_ids"] > 0).nonzero()[-1])
+            assert int((example["labels"] != IGNORE_INDEX).nonzero()[-1]) - last_picture < 100
 
 
 def test_distances_and_lengths_of_the_test_set(processor, world):
@@ -131,3 +133,28 @@ def test_the_same_seed_gives_the_same_data(rows, tmp_path, monkeypatch):
     )
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_checkpoint(str(BACKBONE))
+
+
+@pytest.mark.parametrize(
+    ("task", "filler", "least", "most"),
+    [("cell", 0, 0.9, 1), ("cell", 1024, 0, 0.4), ("name", 4096, 0.95, 1), ("words", 4096, 0.95, 1)],
+)
+def test_the_backbone_that_ships_sees_and_forgets_pictures_only(backbone, world, task, filler, least, most):
+    """What the demo and the study start from."""
+    number = 20 if filler == 4096 else 48
+    rows = list(data.questions(world, task, filler, number, np.random.default_rng(0)))
+    prompts = encode(rows, backbone.processor, prompt_only=True)
+    tokenizer, correct = backbone.processor.tokenizer, 0
+    collate = ConversationCollator(tokenizer.pad_token_id, "left")
+    for start in range(0, number, 4):
+        batch = collate([prompts[index] for index in range(start, start + 4)])
+        with torch.no_grad():
+            answers = backbone.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+        for answer, row in zip(tokenizer.batch_decode(answers[:, None]), rows[start : start + 4]):
+            correct += answer == row["messages"][-1]["content"][0]["text"]
+    assert least <= correct / number <= most

@@ -164,12 +164,28 @@ def build_backbone(seed: int = 0) -> tuple[Qwen3VLForConditionalGeneration, Qwen
     return model, processor
 
 
+def take_over(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: str) -> None:
+    """Replace the weights by those of an earlier backbone of the same shape, a word's by those of the same word."""
+    earlier = Qwen3VLForConditionalGeneration.from_pretrained(folder)
+    words, earlier_words = tokenizer.get_vocab(), Qwen2Tokenizer.from_pretrained(folder).get_vocab()
+    shared = sorted(words.keys() & earlier_words.keys())
+    state = earlier.state_dict()
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        rows = model.state_dict()[name].clone()
+        rows[[words[word] for word in shared]] = state[name][[earlier_words[word] for word in shared]]
+        state[name] = rows
+    model.load_state_dict(state)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output_dir", required=True, help="where model and processor are written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    parser.add_argument("--take_over", help="an earlier backbone that goes on: its weights, for the words that it has")
     args = parser.parse_args()
     model, processor = build_backbone(args.seed)
+    if args.take_over:
+        take_over(model, processor.tokenizer, args.take_over)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

@@ -1,6 +1,7 @@
 """Conversations about the pictures of a world, or about text alone, as rows of a data set."""
 
 import numpy as np
+from PIL import Image
 
 from pvm.worlds import language
 from pvm.worlds.language import CELLS, NAMES
@@ -51,23 +52,20 @@ def name_turns(number: int, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 class Conversation:
-    """
-    A row in the making.
+    """A row in the making: what is added stands before the next question."""
 
-    Args:
-        pictures: what the conversation starts with, if anything.
-    """
-
-    def __init__(self, pictures: list | tuple = ()):
-        self.pictures, self.messages = list(pictures), []
+    def __init__(self):
+        self.pictures, self.messages = [], []
         self.waiting: list[str | None] = []  # parts of the next user turn
         self.filler = 0
-        if len(self.pictures) == 1:
-            self.waiting.append(None)
-        elif self.pictures:
-            each = len(CELLS) // len(self.pictures)
-            for k in range(len(self.pictures)):
-                self.waiting += [language.caption(CELLS[k * each : (k + 1) * each]), None]
+
+    def add_pictures(self, pictures: list[Image.Image]) -> None:
+        """All pictures of a world; several have a caption each."""
+        self.pictures += pictures
+        each = len(CELLS) // len(pictures)
+        for first in range(0, len(CELLS), each):
+            caption = [language.caption(CELLS[first : first + each])] if len(pictures) > 1 else []
+            self.waiting += [*caption, None]
 
     def add_filler(self, length: int, rng: np.random.Generator) -> None:
         """`length` tokens of unrelated text."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pvm.worlds.conversations import Conversation, cell_turns, list_turn, name_turns, read_turn, some_cells
 from pvm.worlds.digits import Digits
 from pvm.worlds.icons import Icons
-from pvm.worlds.language import CELLS, World
+from pvm.worlds.language import CELLS, World, random_contents
 
 
 FEATURES = Features(
@@ -38,15 +38,14 @@ FEATURES = Features(
 
 WORLDS = {"digits": Digits, "icons": Icons}
 
-TRAIN_ROWS = {"digits": 3_360, "icons": 3_360, "backbone": 32_000}
+TRAIN_ROWS = {"digits": 3_360, "icons": 3_360, "backbone": 22_400}
 TRAIN_DISTANCE = 256  # tokens between pictures and the end of an answer, at most
 TRAIN_QUESTIONS, TURN_TOKENS = 8, 14  # about cells, in a conversation
 TRAIN_SENTENCES, SENTENCE_TOKENS = 2, 22  # read aloud; one token less with an icon
 PROMPT_TOKENS = 14  # between filler and answer
 
-BLOCK = 16  # successive rows of one kind, a micro-batch: long and short rows together would be mostly padding
-LIST_BLOCKS = 640  # at the start, so that the backbone first learns where cells are
-SHORT_BLOCKS = 1_000  # at the start, with texts of at most 512 tokens
+BLOCK = 16  # successive rows of one kind, a step: long and short rows together would be mostly padding
+ONE_KIND_BLOCKS, FIRST_BLOCKS = 400, 800  # of [`first_row`], at the start
 SHORT_TEXT, LONG_TEXT = 512, 4_352
 
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
@@ -59,7 +58,8 @@ TEST_SPANS = 96  # cells of every number, no filler
 def adapt_row(world: World, rng: np.random.Generator) -> dict:
     """A conversation to train PVM and its controls on."""
     pictures, contents = world.draw(rng)
-    conversation, kind = Conversation(pictures), rng.random()
+    conversation, kind = Conversation(), rng.random()
+    conversation.add_pictures(pictures)
     if kind < 0.4:
         task, turns, tokens = "list", [list_turn(contents, some_cells(16, rng))], 2 * len(CELLS)
     elif kind < 0.52:
@@ -72,49 +72,72 @@ def adapt_row(world: World, rng: np.random.Generator) -> dict:
     return conversation.row(task)
 
 
-def picture_row(world: World, list_only: bool, rng: np.random.Generator) -> dict:
-    """A conversation to train the backbone on: questions right after the pictures."""
-    pictures, contents = world.draw(rng)
-    conversation, kind = Conversation(pictures), rng.random()
+def first_row(world: World, different: int, in_words: bool, rng: np.random.Generator) -> dict:
+    """
+    A conversation to train the backbone on first. With one kind of content in all cells it learns to tell contents
+    apart, with some, where cells are; with all from the start it learns neither for long.
+    """
+    contents = random_contents(world, rng, different)
+    conversation = Conversation()
+    if in_words:
+        conversation.add_cells(contents)
+    else:
+        conversation.add_pictures(world.draw(rng, contents)[0])
     conversation.add_filler(int(rng.integers(17)), rng)
-    if list_only or kind < 0.15:
+    # Of one kind, all answers after the first could be copied.
+    conversation.ask([list_turn(contents, some_cells(1 if different == 1 else 16, rng))])
+    return conversation.row("first")
+
+
+def add_questions(
+    conversation: Conversation, world: World, contents: list[str], most: int, rng: np.random.Generator
+) -> None:
+    """Questions of one task about cells of which at most `most` are read aloud."""
+    kind = rng.random()
+    if kind < 0.15:
         conversation.ask([list_turn(contents, some_cells(16, rng))])
     elif kind < 0.5:
-        conversation.ask([read_turn(contents, some_cells(TRAIN_SENTENCES, rng), world.noun)])
+        conversation.ask([read_turn(contents, some_cells(most, rng), world.noun)])
     else:
         conversation.ask(cell_turns(contents, 4, rng))
+
+
+def picture_row(world: World, rng: np.random.Generator) -> dict:
+    """A conversation to train the backbone on: questions right after the pictures."""
+    pictures, contents = world.draw(rng)
+    conversation = Conversation()
+    conversation.add_pictures(pictures)
+    conversation.add_filler(int(rng.integers(17)), rng)
+    add_questions(conversation, world, contents, TRAIN_SENTENCES, rng)
     return conversation.row("picture")
 
 
 def text_row(world: World, length: int, rng: np.random.Generator) -> dict:
     """
-    A conversation to train the backbone on: `length` tokens of filler in up to four parts, each with questions that
-    need no picture. Half of the rows begin with pictures, which are not asked about.
+    A conversation to train the backbone on: `length` tokens of filler in up to four parts, most of them with names to
+    repeat, then names again, or questions about pictures or words right before them. Half of the rows begin with other
+    pictures, which are not asked about: the backbone learns to answer after a long text, not to look back over it.
     """
-    has_pictures = rng.random() < 0.5
-    conversation = Conversation(world.draw(rng)[0] if has_pictures else [])
+    conversation, looks_back = Conversation(), rng.random() < 0.5
+    if looks_back:
+        conversation.add_pictures(world.draw(rng)[0])
     *before, last = np.diff([0, *np.sort(rng.integers(length + 1, size=rng.integers(4))), length]).tolist()
     for part in before:
         conversation.add_filler(part, rng)
         conversation.ask(name_turns(4, rng))
     conversation.add_filler(last, rng)
-    if has_pictures:
+    kind = rng.random()
+    if kind < 1 / 3:
         conversation.ask(name_turns(8, rng))
-        return conversation.row("text")
-    contents, kind = random_contents(world, rng), rng.random()
-    conversation.add_cells(contents)
-    if kind < 0.25:
-        conversation.ask([list_turn(contents, some_cells(16, rng))])
-    elif kind < 0.5:
-        conversation.ask([read_turn(contents, some_cells(16, rng), world.noun)])
+    elif kind < 2 / 3 or looks_back:
+        pictures, contents = world.draw(rng)
+        conversation.add_pictures(pictures)
+        add_questions(conversation, world, contents, TRAIN_SENTENCES, rng)
     else:
-        conversation.ask(cell_turns(contents, 8, rng))
+        contents = random_contents(world, rng)
+        conversation.add_cells(contents)
+        add_questions(conversation, world, contents, 16, rng)
     return conversation.row("text")
-
-
-def random_contents(world: World, rng: np.random.Generator) -> list[str]:
-    """What is in the cells, without pictures."""
-    return rng.choice(world.contents, size=len(CELLS)).tolist()
 
 
 def backbone_rows(worlds: list[World], number: int, rng: np.random.Generator) -> Iterator[dict]:
@@ -122,37 +145,47 @@ def backbone_rows(worlds: list[World], number: int, rng: np.random.Generator) ->
     for index in range(number):
         block, offset = divmod(index, BLOCK)
         if offset == 0:
-            world = worlds[block % len(worlds)]
-            is_text = block >= LIST_BLOCKS and rng.random() < 0.25
-            longest = LONG_TEXT if block >= SHORT_BLOCKS and rng.random() < 1 / 3 else SHORT_TEXT
+            world, is_text = worlds[block % len(worlds)], rng.random() < 0.25
+            longest = LONG_TEXT if rng.random() < 1 / 6 else SHORT_TEXT
             length = longest ** rng.uniform(0.5, 1)
-        if is_text:
+        if block < FIRST_BLOCKS:
+            different = 1 if block < ONE_KIND_BLOCKS else int(rng.choice([2, 4, 16]))
+            yield first_row(world, different, is_text, rng)
+        elif is_text:
             yield text_row(world, int(length * rng.uniform(0.9, 1)), rng)
         else:
-            yield picture_row(world, block < LIST_BLOCKS, rng)
+            yield picture_row(world, rng)
+
+
+def questions(world: World, task: str, filler: int, number: int, rng: np.random.Generator) -> Iterator[dict]:
+    """`number` test conversations of a task, each with one question after `filler` tokens of unrelated text."""
+    for _ in range(number):
+        conversation = Conversation()
+        if "words" in task:
+            contents = random_contents(world, rng)
+            conversation.add_filler(filler, rng)
+            conversation.add_cells(contents)
+        else:
+            pictures, contents = world.draw(rng)
+            conversation.add_pictures(pictures)
+            conversation.add_filler(filler, rng)
+        if task == "name":
+            conversation.ask(name_turns(1, rng))
+        elif task in ("cell", "words"):
+            conversation.ask(cell_turns(contents, 1, rng))
+        else:
+            cells = some_cells(16, rng) if task == "span" else CELLS
+            conversation.ask([read_turn(contents, cells, world.noun)])
+        yield conversation.row(task)
 
 
 def test_rows(world: World, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
-    """The test conversations: questions and controls at every distance, cells read aloud. Of `share` 4, a quarter."""
-    for length in TEST_FILLERS:
+    """The test conversations. Of `share` 4, a quarter as many."""
+    for filler in TEST_FILLERS:
         for task, number in (("cell", TEST_QUESTIONS), ("name", TEST_CONTROLS), ("words", TEST_CONTROLS)):
-            for _ in range(number // share):
-                pictures, contents = ([], random_contents(world, rng)) if task == "words" else world.draw(rng)
-                conversation = Conversation(pictures)
-                conversation.add_filler(length, rng)
-                if task == "words":
-                    conversation.add_cells(contents)
-                conversation.ask(name_turns(1, rng) if task == "name" else cell_turns(contents, 1, rng))
-                yield conversation.row(task)
+            yield from questions(world, task, filler, number // share, rng)
     for task, number in (("read", TEST_READS), ("read words", TEST_CONTROLS), ("span", TEST_SPANS)):
-        for _ in range(number // share):
-            pictures, contents = ([], random_contents(world, rng)) if task == "read words" else world.draw(rng)
-            conversation = Conversation(pictures)
-            conversation.add_filler(0, rng)
-            if task == "read words":
-                conversation.add_cells(contents)
-            conversation.ask([read_turn(contents, some_cells(16, rng) if task == "span" else CELLS, world.noun)])
-            yield conversation.row(task)
+        yield from questions(world, task, 0, number // share, rng)
 
 
 def write(output_dir: str | Path, rows: str = "digits", seed: int = 0, number: int | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pvm.worlds.language import CELLS
+from pvm.worlds.language import random_contents
 
 
 SIDE = 4
@@ -37,10 +37,10 @@ class Digits:
         chosen = {"train": order[TEST_DIGITS:], "test": order[:TEST_DIGITS]}[split]
         return cls((bunch.images[chosen] * (255 / 16)).round().astype(np.uint8), bunch.target[chosen])
 
-    def draw(self, rng: np.random.Generator) -> tuple[list[Image.Image], list[str]]:
-        """A random board: its picture (32 x 32, RGB), and the digits of its cells."""
-        labels = rng.integers(10, size=len(CELLS))
-        picks = [rng.choice(np.flatnonzero(self.labels == label)) for label in labels]
+    def draw(self, rng: np.random.Generator, contents: list[str] | None = None) -> tuple[list[Image.Image], list[str]]:
+        """A board (32 x 32 pixels, RGB), and what is in its cells: `contents`, at random by default."""
+        contents = random_contents(self, rng) if contents is None else contents
+        picks = [rng.choice(np.flatnonzero(self.labels == int(content))) for content in contents]
         grid = self.images[picks].reshape(SIDE, SIDE, PIXELS, PIXELS).swapaxes(1, 2)
         picture = Image.fromarray(grid.reshape(SIDE * PIXELS, SIDE * PIXELS)).convert("RGB")
-        return [picture], [str(label) for label in labels]
+        return [picture], contents

@@ -17,7 +17,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
-from pvm.worlds.language import CELLS
+from pvm.worlds.language import random_contents
 
 
 GLYPHS = {
@@ -55,10 +55,10 @@ class Icons:
         # At half size, so that a crop shows things and not a plain surface; dark, so that icons stand out.
         return cls(drawings, load_sample_image(PHOTOGRAPHS[split])[::2, ::2] // 3)
 
-    def draw(self, rng: np.random.Generator) -> tuple[list[Image.Image], list[str]]:
-        """Four random pictures (32 x 32, RGB), and the names of their icons."""
-        contents = [self.contents[icon] for icon in rng.integers(len(self.contents), size=len(CELLS))]
-        return [self._picture(contents[k : k + QUARTERS], rng) for k in range(0, len(CELLS), QUARTERS)], contents
+    def draw(self, rng: np.random.Generator, contents: list[str] | None = None) -> tuple[list[Image.Image], list[str]]:
+        """Four pictures (32 x 32, RGB), and what is in their cells: `contents`, at random by default."""
+        contents = random_contents(self, rng) if contents is None else contents
+        return [self._picture(contents[k : k + QUARTERS], rng) for k in range(0, len(contents), QUARTERS)], contents
 
     def _picture(self, names: list[str], rng: np.random.Generator) -> Image.Image:
         height, width = self.photograph.shape[:2]

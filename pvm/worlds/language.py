@@ -47,8 +47,8 @@ class World(Protocol):
     noun: str
     contents: tuple[str, ...]
 
-    def draw(self, rng: np.random.Generator) -> tuple[list[Image.Image], list[str]]:
-        """Random pictures with as many cells each, and what is in the cells."""
+    def draw(self, rng: np.random.Generator, contents: list[str] | None = None) -> tuple[list[Image.Image], list[str]]:
+        """Pictures with as many cells each, and what is in the 16 cells: `contents`, at random by default."""
 
 
 def read_instruction(first: int, last: int) -> str:
@@ -102,3 +102,9 @@ def texts(worlds: Sequence[type[World]]) -> list[str]:
 def filler(length: int, rng: np.random.Generator) -> str:
     """`length` random words; each is one token."""
     return " ".join(FILLER_WORDS[word] for word in rng.integers(len(FILLER_WORDS), size=length))
+
+
+def random_contents(world: World, rng: np.random.Generator, different: int | None = None) -> list[str]:
+    """What is in the 16 cells: of `different` kinds at most, by default of all."""
+    kinds = world.contents if different is None else rng.choice(world.contents, size=different)
+    return rng.choice(kinds, size=len(CELLS)).tolist()
