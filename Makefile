@@ -61,8 +61,8 @@ quality: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-backbone: $(INSTALLED) data/backbone/train.parquet
-	$(RUN) -m pvm.worlds.backbone --output_dir runs/digits_untrained
+backbone: $(INSTALLED) data/digits-backbone/train.parquet
+	$(RUN) -m pvm.digits.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
 
 MACHINE ?= this-machine
@@ -101,10 +101,10 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
 	@touch $@
 
 data/digits/test.parquet:
-	$(RUN) -m pvm.worlds.data --output_dir data/digits
+	$(RUN) -m pvm.digits.data --output_dir data/digits
 
-data/backbone/train.parquet:
-	$(RUN) -m pvm.worlds.data --rows backbone --output_dir data/backbone
+data/digits-backbone/train.parquet:
+	$(RUN) -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))

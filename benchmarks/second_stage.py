@@ -19,9 +19,8 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 
 from benchmarks.common import print_table
-from pvm.worlds.conversations import Conversation, list_turn, some_cells
-from pvm.worlds.data import FEATURES
-from pvm.worlds.digits import Digits
+from pvm.digits import world
+from pvm.digits.data import FEATURES, some_cells
 
 
 ROWS = {"few": 240, "questions": 400, "test": 160}
@@ -46,14 +45,11 @@ def write_rows(folder: Path) -> None:
     """Boards of the training digits for both stages, of unseen ones for the test."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, number) in enumerate(ROWS.items()):
-        world, rng = Digits.load("test" if name == "test" else "train"), np.random.default_rng([18, seed])
-        rows = []
-        for _ in range(number):
-            pictures, contents = world.draw(rng)
-            conversation = Conversation(pictures)
-            conversation.add_filler(int(rng.integers(*FILLER)), rng)
-            conversation.ask([list_turn(contents, some_cells(CELLS, rng))])
-            rows.append(conversation.row("list"))
+        digits = world.Digits.load("test" if name == "test" else "train")
+        rng = np.random.default_rng([18, seed])
+        rows = [
+            world.list_row(digits, int(rng.integers(*FILLER)), *some_cells(CELLS, rng), rng) for _ in range(number)
+        ]
         Dataset.from_list(rows, features=FEATURES).to_parquet(folder / f"{name}.parquet")
 
 

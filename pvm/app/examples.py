@@ -1,4 +1,4 @@
-"""Questions about boards of unseen digits, for models that speak the language of the worlds."""
+"""Questions about boards of unseen digits, for models that know the words of that world."""
 
 from typing import Any
 
@@ -6,21 +6,20 @@ import numpy as np
 
 from pvm.app.answers import data_uri
 from pvm.checkpoints.loading import Checkpoint, load_processor
+from pvm.digits import world
 from pvm.shipped import shipped
-from pvm.worlds import language
-from pvm.worlds.digits import Digits
 
 
 def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
     """
     Returns:
         `list[dict]`: `title`, `image` (a `data:` URI), `text`, and `expected`, the right answer. Empty if a model has
-        another vocabulary than the worlds: it would not know what cells are.
+        another vocabulary: it would not know what cells are.
     """
     words = load_processor(str(shipped("assets") / "digits-backbone")).tokenizer.get_vocab()
     if any(checkpoint.processor.tokenizer.get_vocab() != words for checkpoint in checkpoints):
         return []
-    digits, rng = Digits.load("test"), np.random.default_rng(0)
+    digits, rng = world.Digits.load("test"), np.random.default_rng(0)
     made = []
     for title, filler, cells in (
         ("One cell, 256 words later", 256, [6]),
@@ -28,11 +27,11 @@ def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
         ("One cell, at once", 0, [13]),
         ("Read the board aloud", 0, range(16)),
     ):
-        (board,), contents = digits.draw(rng)
-        words = f"{language.filler(filler, rng)}\n" if filler else ""
+        board, labels = digits.board(rng)
+        words = f"{world.filler(filler, rng)}\n" if filler else ""
         if len(cells) == 1:
-            question, expected = language.cell_question(cells[0]), contents[cells[0]]
+            question, expected = world.cell_question(cells[0]), str(labels[cells[0]])
         else:
-            question, expected = language.read_instruction(cells[0], cells[-1]), " ".join(contents)
+            question, expected = world.read_instruction(cells[0], cells[-1]), " ".join(map(str, labels.values()))
         made.append({"title": title, "image": data_uri(board), "text": words + question, "expected": expected})
     return made

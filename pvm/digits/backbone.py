@@ -1,6 +1,6 @@
 """Builds the untrained tiny backbone: a real Qwen3-VL of 1.3M parameters with a real processor.
 
-    python -m pvm.worlds.backbone --output_dir runs/digits_untrained
+    python -m pvm.digits.backbone --output_dir runs/digits_untrained
 
 train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
 """
@@ -23,8 +23,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from pvm.worlds import language
-from pvm.worlds.data import WORLDS
+from pvm.digits import world
 
 
 SPECIAL_TOKENS = (
@@ -63,14 +62,14 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the worlds: one token per word, else bytes."""
+    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the world: one token per word, else bytes."""
     blank = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = blank.pre_tokenizer
     tokenizer.normalizer = blank.normalizer
     # `vocab_size` is not reached: pairs are merged until every word of the texts is one token.
     tokenizer.train_from_iterator(
-        language.texts(WORLDS.values()),
+        world.texts(),
         BpeTrainer(
             vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
         ),
@@ -82,7 +81,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=8192,
+        model_max_length=4096,
     )
 
 
@@ -109,7 +108,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 4096,
         "initializer_range": 0.05,
         "rope_parameters": {
             "rope_type": "default",
@@ -164,28 +163,12 @@ def build_backbone(seed: int = 0) -> tuple[Qwen3VLForConditionalGeneration, Qwen
     return model, processor
 
 
-def take_over(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: str) -> None:
-    """Replace the weights by those of an earlier backbone of the same shape, a word's by those of the same word."""
-    earlier = Qwen3VLForConditionalGeneration.from_pretrained(folder)
-    words, earlier_words = tokenizer.get_vocab(), Qwen2Tokenizer.from_pretrained(folder).get_vocab()
-    shared = sorted(words.keys() & earlier_words.keys())
-    state = earlier.state_dict()
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        rows = model.state_dict()[name].clone()
-        rows[[words[word] for word in shared]] = state[name][[earlier_words[word] for word in shared]]
-        state[name] = rows
-    model.load_state_dict(state)
-
-
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output_dir", required=True, help="where model and processor are written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    parser.add_argument("--take_over", help="an earlier backbone that goes on: its weights, for the words that it has")
     args = parser.parse_args()
     model, processor = build_backbone(args.seed)
-    if args.take_over:
-        take_over(model, processor.tokenizer, args.take_over)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")

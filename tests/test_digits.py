@@ -1,0 +1,76 @@
+"""The embedded default: its world, its data, and the backbone that ships."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.data.encoding import ConversationCollator, ConversationDataset
+from pvm.data.sources import Conversations
+from pvm.digits import data, world
+from pvm.digits.backbone import build_tokenizer
+
+
+BACKBONE = Path(__file__).parent.parent / "assets" / "digits-backbone"
+
+
+def test_train_and_test_digits_are_disjoint():
+    train, test = world.Digits.load("train"), world.Digits.load("test")
+    assert len(train.images) + len(test.images) == 1797
+    assert {digit.tobytes() for digit in test.images}.isdisjoint(digit.tobytes() for digit in train.images)
+
+
+def test_every_word_is_one_token():
+    tokenizer = build_tokenizer()
+    filler = world.filler(50, np.random.default_rng(0))
+    assert len(tokenizer(filler)["input_ids"]) == 50
+    assert len(tokenizer(world.cell_question(3))["input_ids"]) == 3
+
+
+def test_the_board_shows_what_the_answer_says():
+    digits = world.Digits.load("test")
+    row = world.cell_row(digits, 5, 4, np.random.default_rng(0))
+    board = np.asarray(row["images"][0].convert("L"))
+    for question, answer in zip(row["messages"][::2], row["messages"][1::2]):
+        asked = question["content"][-1]["text"].rpartition(" ")[2].rstrip("?")
+        line, column = divmod(world.NAMES.index(asked), world.SIDE)
+        top, left = line * world.PIXELS, column * world.PIXELS
+        shown = board[top : top + world.PIXELS, left : left + world.PIXELS]
+        matches = digits.labels[(digits.images == shown).all(axis=(1, 2))]
+        assert str(matches[0]) == answer["content"][0]["text"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    data.write(folder / "a", "adapt", seed=3, number=20)
+    data.write(folder / "b", "adapt", seed=3, number=20)
+    return folder
+
+
+def test_the_same_seed_gives_the_same_data(folder):
+    for split in ("train", "test", "validation"):
+        first, second = ((folder / name / f"{split}.parquet").read_bytes() for name in "ab")
+        assert first == second
+
+
+def test_the_backbone_that_ships_sees_and_forgets(folder):
+    """It reads a cell right after the image, and no longer after 1,024 tokens: what the demo starts from."""
+    checkpoint = load_checkpoint(str(BACKBONE))
+    rows = load_dataset(str(folder / "a"), split="test")
+    accuracy = {}
+    for filler in (0, 1024):
+        chosen = rows.filter(lambda row, filler=filler: row["task"] == "cell" and row["filler"] == filler)
+        chosen = chosen.select(range(48))
+        prompts = ConversationDataset(Conversations("digits", chosen), checkpoint.processor, prompt_only=True)
+        collator = ConversationCollator(checkpoint.processor.tokenizer.pad_token_id, "left")
+        batch = collator([prompts[index] for index in range(len(chosen))])
+        with torch.no_grad():
+            answers = checkpoint.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+        texts = checkpoint.processor.tokenizer.batch_decode(answers[:, None])
+        expected = [row["messages"][-1]["content"][0]["text"] for row in chosen]
+        accuracy[filler] = sum(text == wanted for text, wanted in zip(texts, expected)) / len(expected)
+    assert accuracy[0] > 0.9 and accuracy[1024] < 0.4
