@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -352,6 +353,10 @@ def test_the_first_token_comes_at_once(page):
     assert seconds < 5, "under a second on two cores that are free"
 
 
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs the Debian packages chromium and chromium-driver",
+)
 def test_in_a_browser(page, checkpoints, tmp_path):
     """It loads, answers, draws; both columns differ; a broken file gets a sentence; two visitors do not mix."""
 
