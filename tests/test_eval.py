@@ -515,7 +515,8 @@ def test_images_out_of_the_cache_as_ablations_and_as_a_way_to_evaluate(base, pvm
     assert records["PVM"] == records["PVM - skip"]
     reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("ablations", "way")]
     sizes = [{model["name"]: model["cache_bytes"] for model in report["models"]} for report in reports]
-    assert sizes[0]["PVM"] > sizes[0]["base"] > sizes[0]["PVM - evict"] == sizes[0]["PVM - skip"] == sizes[1]["PVM"]
+    assert sizes[0]["PVM"] > sizes[0]["base"] > max(sizes[0]["PVM - evict"], sizes[0]["PVM - skip"])
+    assert sizes[0]["PVM - skip"] == sizes[1]["PVM"]  # (evict differs by the lengths of answers)
     assert f"{sizes[0]['PVM - skip'] / 1000:,.1f} kB" in (tmp_path / "ablations" / "report.md").read_text()
 
     with pytest.raises(UserError, match="none of the models has PVM branches that read the image"):

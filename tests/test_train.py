@@ -129,7 +129,7 @@ def test_frozen_means_frozen(base):
 
 def test_a_checkpoint_loads_by_name_far_from_this_repository(pvm_run, tmp_path):
     """All Auto classes and the pipeline, in a fresh process that cannot import anything of ours."""
-    fallback = Path(train.__file__).parent / "pvm" / "torchvision_fallback.py"
+    fallback = ROOT / "pvm" / "torchvision_fallback.py"
     script = f"""
 import runpy, sys
 runpy.run_path({str(fallback)!r})["import_torchvision"]()
