@@ -1,7 +1,7 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make pipeline  both stages on the embedded default, evaluated (docs/recipe.md)
 # make test      run the tests
-# make study     PVM and its controls at five seeds, with a report: under two hours, resumable; make variants: one more
+# make study     PVM and its controls at five seeds, with reports (docs/study.md): hours, resumable
 # make style     format the code;   make quality: check it
 # make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)
@@ -22,17 +22,17 @@ VLLM_VENV ?= $(VENV)-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 # The demo's models are so small that a second thread costs more than it brings.
-pipeline study variants backbone test: export OMP_NUM_THREADS ?= 1
+pipeline study backbone test: export OMP_NUM_THREADS ?= 1
 # Nothing here needs the Hub.
-pipeline study variants backbone test: export HF_HUB_OFFLINE ?= 1
+pipeline study backbone test: export HF_HUB_OFFLINE ?= 1
 # Freed memory is kept, and not given back to the system and asked for again in every step.
-pipeline study variants backbone: export MALLOC_MMAP_MAX_ ?= 0
-pipeline study variants backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+pipeline study backbone: export MALLOC_MMAP_MAX_ ?= 0
+pipeline study backbone: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 # An interrupted training goes on from its last checkpoint.
 resume = $(if $(wildcard $(1)/checkpoint-*),--resume_from_checkpoint last)
 
-.PHONY: demo pipeline study variants test style quality backbone benchmarks
+.PHONY: demo pipeline study test style quality backbone benchmarks
 
 demo: $(INSTALLED)
 	$(RUN) -m pvm demo
@@ -45,8 +45,9 @@ pipeline: $(INSTALLED) data/digits/test.parquet
 	$(RUN) -m pvm card runs/digits_grpo --report runs/digits_pipeline_eval/report.json
 	$(RUN) -m pvm inspect runs/digits_grpo
 
-study variants: $(INSTALLED) data/digits/test.parquet
-	$(RUN) -m pvm study --config recipes/digits_$@.yaml --jobs 2
+study: $(INSTALLED) data/digits/test.parquet data/digits-two/test.parquet
+	$(RUN) -m pvm study --config recipes/digits_study.yaml --jobs 2
+	$(RUN) -m pvm study --config recipes/digits_two_images.yaml --jobs 2
 
 test: $(INSTALLED) $(LMMS_INSTALLED) $(VLLM_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
@@ -61,9 +62,10 @@ quality: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-backbone: $(INSTALLED) data/digits-backbone/train.parquet
+backbone: $(INSTALLED) data/digits-backbone/train.parquet data/digits-long/train.parquet
 	$(RUN) -m pvm.digits.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
+	$(RUN) train.py --config recipes/digits_backbone_long.yaml $(call resume,runs/digits_backbone_long)
 
 MACHINE ?= this-machine
 RESULTS = benchmarks/results/$(MACHINE)
@@ -103,8 +105,8 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
 data/digits/test.parquet:
 	$(RUN) -m pvm.digits.data --output_dir data/digits
 
-data/digits-backbone/train.parquet:
-	$(RUN) -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
+data/digits-backbone/train.parquet data/digits-long/train.parquet data/digits-two/test.parquet: data/digits-%:
+	$(RUN) -m pvm.digits.data --output_dir $(@D) --stage $(*D)
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))

@@ -34,18 +34,20 @@ class Study:
     """
     A recipe.
 
-    output_dir (`str`): folder of runs, logs and the report.
+    output_dir (`str`): folder of runs, logs and reports.
     seeds (`list[int]`): of the trainings. Learning rates are chosen at the first.
     train (`dict`): the fields of `pvm train` that all runs share.
-    methods (`dict[str, dict]`): by name in the report, further fields of `pvm train`, and the `learning_rates` to try.
-    evaluate (`dict`): fields of `pvm eval`; the models are the base ("base") and the chosen runs.
+    methods (`dict[str, dict]`): by name in the report, further fields of `pvm train`, the `learning_rates` to try, and
+        other `seeds`, if any.
+    evaluate (`dict[str, dict]`): by the name of the report's folder, fields of `pvm eval`, and the `methods`, if not
+        all; the models are the base ("base") and the chosen runs.
     """
 
     output_dir: str
     seeds: list[int]
     train: dict[str, Any]
     methods: dict[str, dict[str, Any]]
-    evaluate: dict[str, Any]
+    evaluate: dict[str, dict[str, Any]]
 
     @classmethod
     def load(cls, path: str) -> "Study":
@@ -65,9 +67,8 @@ class Study:
                 f"{path}: a study has the keys {', '.join(sorted(expected))}; missing or unknown: {wrong}."
             )
         study = cls(**content)
-        seeds, methods = study.seeds, study.methods
-        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-            raise UserError(f"{path}: `seeds` must be a list of integers, e.g. [0, 1, 2].")
+        methods = study.methods
+        check_seeds(path, study.seeds)
         for key, value in (("train", study.train), ("methods", methods), ("evaluate", study.evaluate)):
             if not isinstance(value, dict) or not value:
                 raise UserError(f"{path}: `{key}` must contain `name: value` lines.")
@@ -85,7 +86,25 @@ class Study:
                         f"{path}: methods: {name}: YAML does not read the learning rate {rate!r} as a decimal number: "
                         "write 1.0e-3."
                     )
+            if "seeds" in method:
+                check_seeds(f"{path}: methods: {name}", method["seeds"])
+        for name, settings in study.evaluate.items():
+            chosen = settings.get("methods", list(methods)) if isinstance(settings, dict) else None
+            if not isinstance(chosen, list) or not set(chosen) <= set(methods):
+                raise UserError(
+                    f"{path}: evaluate: {name} must contain fields of `pvm eval`, and may contain `methods`, a list "
+                    f"of some of {', '.join(methods)}."
+                )
         return study
+
+
+def check_seeds(where: str, seeds: Any) -> None:
+    """
+    Raises:
+        UserError: if they are not a list of integers.
+    """
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{where}: `seeds` must be a list of integers, e.g. [0, 1, 2].")
 
 
 @dataclass
@@ -104,8 +123,10 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `pvm train`."""
-        method = {key: value for key, value in self.study.methods[self.name].items() if key != "learning_rates"}
-        return {**self.study.train, **method, "learning_rate": self.learning_rate, "seed": self.seed}
+        settings = {**self.study.train, **self.study.methods[self.name]}
+        for key in ("learning_rates", "seeds"):
+            settings.pop(key, None)
+        return {**settings, "learning_rate": self.learning_rate, "seed": self.seed}
 
     def check(self) -> None:
         """
@@ -218,19 +239,31 @@ def run_study(study: Study, jobs: int, run_command: RunCommand) -> None:
 
     Raises: see [`main`].
     """
+    seeds = {name: method.get("seeds", study.seeds) for name, method in study.methods.items()}
     tries = [
-        Run(study, name, rate, study.seeds[0])
+        Run(study, name, rate, seeds[name][0])
         for name, method in study.methods.items()
         for rate in method["learning_rates"]
     ]
     train_all(tries, jobs, run_command, "learning rates")
     rates = choose_learning_rates(tries, study.output_dir)
-    runs = [Run(study, name, rates[name], seed) for name in study.methods for seed in study.seeds]
-    train_all(runs, jobs, run_command, "seeds")
+    runs = {name: [Run(study, name, rates[name], seed) for seed in seeds[name]] for name in study.methods}
+    train_all([run for same in runs.values() for run in same], jobs, run_command, "seeds")
 
-    settings = {"output_dir": str(Path(study.output_dir) / "report"), **study.evaluate}
-    settings["model"] = [study.train["model_name_or_path"], *(str(run.folder) for run in runs)]
-    settings["names"] = ["base", *(run.name for run in runs)]
+    for name, fields_of_eval in study.evaluate.items():
+        settings = {"output_dir": str(Path(study.output_dir) / name), **fields_of_eval}
+        chosen = [run for method in settings.pop("methods", runs) for run in runs[method]]
+        settings["model"] = [study.train["model_name_or_path"], *(str(run.folder) for run in chosen)]
+        settings["names"] = ["base", *(run.name for run in chosen)]
+        evaluate(settings, run_command)
+
+
+def evaluate(settings: dict[str, Any], run_command: RunCommand) -> None:
+    """
+    `pvm eval` with these settings, unless its report exists.
+
+    Raises: see [`main`].
+    """
     file = Path(settings["output_dir"]) / "report.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))["arguments"]

@@ -43,6 +43,21 @@ def test_the_board_shows_what_the_answer_says():
         assert str(matches[0]) == answer["content"][0]["text"]
 
 
+def test_after_a_second_board_it_is_the_one_asked_about():
+    digits = world.Digits.load("test")
+    for row in data.test_rows("two", digits, np.random.default_rng(0), share=24):
+        images = [index for index, message in enumerate(row["messages"]) if message["content"][0]["type"] == "image"]
+        assert len(row["images"]) == len(images) == 2 and images[0] == 0
+        board = np.asarray(row["images"][1].convert("L"))
+        shown = board.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 8, 8)
+        labels = [digits.labels[(digits.images == cell).all(axis=(1, 2))][0] for cell in shown]
+        question, answer = (message["content"][-1]["text"] for message in row["messages"][-2:])
+        if row["task"] == "cell":
+            assert answer == str(labels[world.NAMES.index(question.rpartition(" ")[2].rstrip("?"))])
+        elif row["task"] == "read":
+            assert answer == " ".join(world.cell_phrase(cell, labels[cell]) for cell in range(16))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")

@@ -148,14 +148,15 @@ def test_a_demo_makes_what_is_missing(here, monkeypatch):
     failing = "recipes/digits_pvm.yaml"
     with pytest.raises(UserError, match="The training runs/digits_pvm failed"):
         demo.main([], run_command)
-    trainings = {("train", "digits_pvm", False), ("train", "digits_lora", False)}
-    assert calls[0] == "data" and set(calls[1:]) == trainings and len(calls) == 3
+    trainings = {("train", name, False) for name in ("digits_pvm", *demo.CONTROLS)}
+    assert calls[0] == "data" and set(calls[1:]) == trainings and len(calls) == 4
 
     calls.clear()
     failing = None
     Path("runs/digits_pvm/checkpoint-1").mkdir(parents=True)
-    Path("runs/digits_lora").mkdir()
-    Path("runs/digits_lora/adapter_model.safetensors").touch()
+    for name in demo.CONTROLS:
+        Path("runs", name).mkdir()
+        Path("runs", name, "adapter_model.safetensors").touch()
     demo.main([], run_command)
     assert calls == [("train", "digits_pvm", True), ("eval", "digits_eval", False)]
     assert sorted(path.name for path in here.iterdir()) == ["assets", "data", "recipes", "runs"]

@@ -41,8 +41,10 @@ def recipe(tmp_path: Path, base: Path | str = "base", conversations: Path | str 
             "MLP": {"method": "pvm", "pvm_block": "parallel_mlp", "learning_rates": [1.0e-9, 1.0e-3]},
         },
         "evaluate": {
-            "dataset_name": str(conversations), "dataset_split": "train", "max_samples": 2, "max_new_tokens": 2,
-            "diagnostic_rows": 0,
+            "report": {
+                "dataset_name": str(conversations), "dataset_split": "train", "max_samples": 2, "max_new_tokens": 2,
+                "diagnostic_rows": 0,
+            },
         },
         **changes,
     }  # fmt: skip
@@ -95,9 +97,14 @@ def test_a_study(tmp_path, capsys):
     assert len(scripts.calls) == 7 and "The report exists already" in capsys.readouterr().out
     # Results of another recipe are not used.
     content = yaml.safe_load(file.read_text())
-    recipe(tmp_path, evaluate={**content["evaluate"], "max_samples": 1})
+    evaluate = content["evaluate"]["report"]
+    recipe(tmp_path, evaluate={"report": {**evaluate, "max_samples": 1}})
     with pytest.raises(UserError, match="is a report with a different max_samples"):
         study_module.main(["--config", str(file)], scripts)
+    # Another evaluation, of some methods.
+    recipe(tmp_path, evaluate={"report": evaluate, "ablations": {**evaluate, "methods": ["MLP"]}})
+    study_module.main(["--config", str(file)], scripts)
+    assert len(scripts.calls) == 8 and scripts.calls[-1] == ("eval", ["base", *folders[2:]], ["base", "MLP", "MLP"])
     recipe(tmp_path, train={**content["train"], "max_steps": 3})
     with pytest.raises(UserError, match="was trained with a different max_steps than the recipe has now"):
         study_module.main(["--config", str(file)], scripts)
@@ -173,6 +180,11 @@ def test_a_training_is_resumed_from_its_last_checkpoint(tmp_path):
         ({"methods": {"PVM": {"method": "magic", "learning_rates": [1.0e-3]}}}, "`method` must be one of pvm, lora"),
         ({"seeds": 3}, "`seeds` must be a list"),
         ({"seeds": []}, "`seeds` must be a list"),
+        (
+            {"methods": {"PVM": {"method": "pvm", "learning_rates": [1.0e-3], "seeds": 1}}},
+            "PVM: `seeds` must be a list",
+        ),
+        ({"evaluate": {"report": {"methods": ["LoRA"]}}}, "evaluate: report .* some of PVM, MLP"),
         ({"train": {"max_steps": 1}}, "`train` lacks `model_name_or_path`"),
     ],
 )
@@ -183,9 +195,9 @@ def test_invalid_recipes(tmp_path, changes, sentence):
         Study.load(str(tmp_path / "nothing.yaml"))
 
 
-@pytest.mark.parametrize("recipe", ["digits_study", "digits_variants"])
+@pytest.mark.parametrize("recipe", ["digits_study", "digits_two_images"])
 def test_the_recipes_are_valid_and_fair(recipe):
-    """All flags parse, shared settings are shared, and every method has as many tries."""
+    """All flags parse, shared settings are shared, and every method with a choice of learning rates has as many."""
     study = Study.load(str(ROOT / "recipes" / f"{recipe}.yaml"))
     for name, method in study.methods.items():
         run = Run(study, name, method["learning_rates"][0], study.seeds[0])
@@ -194,8 +206,8 @@ def test_the_recipes_are_valid_and_fair(recipe):
         assert (model.method, model.pvm_block) == (method["method"], method.get("pvm_block"))
         assert training.learning_rate == method["learning_rates"][0]
         assert training.per_device_train_batch_size == study.train["per_device_train_batch_size"]
-    assert len({len(method["learning_rates"]) for method in study.methods.values()}) == 1
-    (evaluation,) = parse_arguments(
-        (EvalArguments,), "", as_flags({**study.evaluate, "model": ["a"], "output_dir": "b"})
-    )
-    assert evaluation.dataset_split == "test" and evaluation.group_by == "task"
+    assert {len(method["learning_rates"]) for method in study.methods.values()} <= {1, 3}
+    for settings in study.evaluate.values():
+        flags = as_flags({key: value for key, value in settings.items() if key != "methods"})
+        (evaluation,) = parse_arguments((EvalArguments,), "", [*flags, "--model", "a", "--output_dir", "b"])
+        assert evaluation.dataset_split == "test" and evaluation.group_by == "task"

@@ -81,7 +81,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=4096,
+        model_max_length=8192,
     )
 
 
@@ -108,7 +108,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,
         "initializer_range": 0.05,
         "rope_parameters": {
             "rope_type": "default",

@@ -1,12 +1,18 @@
 """Writes the demo's data sets: conversations about boards of handwritten digits, in splits train and test.
 
     python -m pvm.digits.data --output_dir data/digits
+    python -m pvm.digits.data --output_dir data/digits-two --stage two
     python -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
+    python -m pvm.digits.data --output_dir data/digits-long --stage long
 
-The stage `adapt` is what PVM and LoRA are trained on (some tokens between image and question) and what everything is
-tested on (up to 1,024 of them). The stage `backbone` is what the backbone is trained on: images at short distances
-only, and longer texts without an image (names to repeat, boards in words), so that it learns long contexts. Its rows
-are in training order, in blocks of one kind: train on it with `--train_sampling_strategy sequential`.
+The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question) and what
+everything is tested on: up to 4,096 tokens from the image, and in answers eight times as long. Questions that need no
+image, at the same distances, tell what is lost of language, and not of sight. In the stage `two` a second board
+follows in the conversation, and every question after it is about that one.
+
+The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and
+questions that need none after texts of up to 512 and 4,352 tokens, so that it learns long contexts. Their rows are in
+training order, in blocks of one kind: train on them with `--train_sampling_strategy sequential`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -32,11 +38,13 @@ FEATURES = Features(
 )
 
 
-TRAIN_ROWS = {"adapt": 3_360, "backbone": 24_000}
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
 BLOCK = 16  # successive rows of one kind, a micro-batch: long and short rows together would be mostly padding
 LIST_BLOCKS = 480  # at the start, so that the backbone first learns where cells are
-TEST_FILLERS = (0, 64, 128, 256, 512, 1024)
-TEST_QUESTIONS = 240  # per filler length, one question a conversation
+LONG_TEXT = 4_352
+TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
+TEST_QUESTIONS = 120  # about the board, per filler length, one question a conversation
+TEST_CONTROLS = 24  # that need no image, per filler length
 TEST_READS = 64  # whole boards, no filler
 TEST_SPANS = 96  # parts of boards of every length, no filler
 
@@ -54,13 +62,13 @@ def some_cells(most: int, rng: np.random.Generator) -> tuple[int, int]:
 
 
 def adapt_row(digits: world.Digits, rng: np.random.Generator) -> dict:
-    """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 8 cells read in sentences."""
+    """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 2 cells read in sentences."""
     length = between(0, 256, rng)
     kind = rng.random()
     if kind < 0.4:
         return world.list_row(digits, length, *some_cells(16, rng), rng)
     if kind < 0.52:
-        return world.read_row(digits, length, *some_cells(8, rng), rng)
+        return world.read_row(digits, length, *some_cells(2, rng), rng)
     return world.cell_row(digits, length, 16, rng)
 
 
@@ -79,27 +87,51 @@ def backbone_row(digits: world.Digits, block: int, text_only: bool, rng: np.rand
     return world.cell_row(digits, length, 4, rng, text_only)
 
 
+def long_row(digits: world.Digits, length: int, text_only: bool, rng: np.random.Generator) -> dict:
+    """A conversation to train the backbone on last: names after `length` tokens, or questions about a near image."""
+    if text_only:
+        return world.name_row(length, 8, rng, digits if rng.random() < 0.5 else None)
+    return backbone_row(digits, LIST_BLOCKS, False, rng)
+
+
 def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Generator) -> Iterator[dict]:
     """The training conversations of a stage, in order."""
-    text_only = False
+    text_only, longest = False, 0
     for index in range(number):
-        if stage == "adapt":
-            yield adapt_row(digits, rng)
+        if stage in ("adapt", "two"):
+            row = adapt_row(digits, rng)
+            yield row if stage == "adapt" else two_row(digits, row, rng)
             continue
         block, offset = divmod(index, BLOCK)
-        if offset == 0:
-            text_only = block >= LIST_BLOCKS and rng.random() < 0.25
-        yield backbone_row(digits, block, text_only, rng)
+        if stage == "backbone":
+            if offset == 0:
+                text_only = block >= LIST_BLOCKS and rng.random() < 0.25
+            yield backbone_row(digits, block, text_only, rng)
+        else:
+            if offset == 0:
+                text_only, longest = rng.random() < 0.5, int(LONG_TEXT ** rng.uniform(0.35, 1))
+            yield long_row(digits, between(longest * 9 // 10, longest, rng), text_only, rng)
 
 
-def test_rows(digits: world.Digits, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
+def two_row(digits: world.Digits, row: dict, rng: np.random.Generator) -> dict:
+    """`row`, after one to four questions about another board."""
+    before = world.cell_row(digits, 0, between(1, 4, rng), rng)
+    return {**row, **{key: before[key] + row[key] for key in ("images", "messages")}}
+
+
+def test_rows(stage: str, digits: world.Digits, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
     """
-    The test conversations of both stages: questions at every distance, boards and parts of them read aloud. Of `share`
-    4, a quarter as many.
+    The test conversations of a stage: questions at every distance, boards and parts of them read aloud. Of `share` 4,
+    a quarter as many.
     """
+    if stage == "two":
+        yield from (two_row(digits, row, rng) for row in test_rows("adapt", digits, rng, share))
+        return
     for length in TEST_FILLERS:
         for _ in range(TEST_QUESTIONS // share):
             yield world.cell_row(digits, length, 1, rng)
+        for _ in range(TEST_CONTROLS // share):
+            yield world.name_row(length, 1, rng, digits)
     for _ in range(TEST_READS // share):
         yield world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)
     for _ in range(TEST_SPANS // share):
@@ -114,12 +146,12 @@ def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: i
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     number = TRAIN_ROWS[stage] if number is None else number
-    train, test, tested = world.Digits.load("train"), world.Digits.load("test"), len(TEST_FILLERS) * TEST_QUESTIONS
-    tested += TEST_READS + TEST_SPANS
+    train, test, tested = world.Digits.load("train"), world.Digits.load("test"), TEST_READS + TEST_SPANS
+    tested += len(TEST_FILLERS) * (TEST_QUESTIONS + TEST_CONTROLS)
     splits = {
         "train": (number, train_rows(stage, train, number, np.random.default_rng([seed, 0]))),
-        "test": (tested, test_rows(test, np.random.default_rng([seed, 1]))),
-        "validation": (tested // 4, test_rows(train, np.random.default_rng([seed, 2]), share=4)),
+        "test": (tested, test_rows(stage, test, np.random.default_rng([seed, 1]))),
+        "validation": (tested // 4, test_rows(stage, train, np.random.default_rng([seed, 2]), share=4)),
     }
     for split, (total, rows) in splits.items():
         made = list(tqdm(rows, total=total, desc=f"{output_dir}/{split}"))

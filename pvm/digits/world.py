@@ -165,13 +165,17 @@ def list_row(
     return {"images": images, "messages": messages, "task": "list", "filler": length}
 
 
-def name_row(length: int, questions: int, rng: np.random.Generator) -> dict:
+def name_row(length: int, questions: int, rng: np.random.Generator, digits: Digits | None = None) -> dict:
     """
-    A conversation to train the backbone on: `length` tokens of filler, then `questions` names to repeat. It teaches
-    the backbone to answer after a long text.
+    A conversation that needs no image: `length` tokens of filler, then `questions` names to repeat. It begins with a
+    board of `digits`, if they are given.
     """
+    images = [] if digits is None else [digits.board(rng)[0]]
     messages = []
     for turn, cell in enumerate(rng.permutation(SIDE * SIDE)[:questions].tolist()):
         opening = "" if turn else f"{filler(length, rng)}\n"
-        messages += [_user(opening + name_instruction(cell)), _assistant(NAMES[cell])]
-    return {"images": [], "messages": messages, "task": "name", "filler": length}
+        messages += [
+            _user(opening + name_instruction(cell), image=turn == 0 and bool(images)),
+            _assistant(NAMES[cell]),
+        ]
+    return {"images": images, "messages": messages, "task": "name", "filler": length}
