@@ -126,7 +126,7 @@ def load_checkpoint(path: str, dtype: str = "auto", revision: str = "main") -> C
         model_class=type(model).__name__,
         base=base,
         method=training.get("method"),
-        step=_trainer_step(path) if step is None else step,
+        step=trainer_step(path) if step is None else step,
         gates={str(layer_idx): block.gate_alpha.item() for layer_idx, block in pvm_blocks(model).items()},
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
@@ -189,7 +189,7 @@ def _load_peft_adapter(path: str, dtype: str, revision: str) -> Checkpoint:
         kind="peft",
         base=base_path,
         method=model.active_peft_config.peft_type.value.lower(),
-        step=_trainer_step(path),
+        step=trainer_step(path),
         parameters=model.num_parameters(),
     )
     if base.model.dtype == torch.float32:
@@ -267,7 +267,7 @@ def processor_of(path: str, revision: str = "main") -> ProcessorMixin:
     return load_processor(path, revision)
 
 
-def _trainer_step(path: str) -> int | None:
+def trainer_step(path: str) -> int | None:
     """The step in the Trainer's own record, which stays on this machine; `None` without one."""
     file = Path(path, "trainer_state.json")
     return json.loads(file.read_text())["global_step"] if file.is_file() else None

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -14,9 +14,14 @@ from transformers import Cache
 from cache_qwen3vl_pvm import get_visual_memory
 from pvm.checkpoints.loading import Checkpoint
 from pvm.data.encoding import ConversationCollator
+from pvm.errors import UserError
 from pvm.evaluation.ablations import IN_TWO_PARTS, INTACT, Ablation, generate_in_two_parts
 from pvm.evaluation.questions import Prompts
 from variants_qwen3vl_pvm import BLOCKS
+
+
+if TYPE_CHECKING:  # an extra
+    from pvm.vllm.engine import Engine
 
 
 Entry = TypeVar("Entry")
@@ -93,7 +98,28 @@ def read_journal(file: Path, kind: type[Entry] = Answer) -> dict[int, Entry]:
     return answers
 
 
-@torch.inference_mode()
+def collect(
+    answers: Callable[[set[int]], Iterator[dict[int, Answer]]], rows: int, label: str, journal: Path | None
+) -> list[Answer]:
+    """
+    All answers, in the order of rows, with a progress bar.
+
+    Args:
+        answers: from the rows that the journal has to answers of others, a few rows at a time.
+        rows (`int`): their number.
+        journal (`Path`, *optional*): the file to which answers are appended as they come.
+    """
+    found = {} if journal is None else read_journal(journal)
+    with tqdm(total=rows, initial=len(found), desc=label, unit="row") as bar:
+        for new in answers(set(found)):
+            bar.update(len(new.keys() - found.keys()))
+            found |= new
+            if journal is not None:
+                with open(journal, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"row": row, **asdict(given)}) + "\n" for row, given in new.items())
+    return [found[row] for row in range(rows)]
+
+
 def answer(
     checkpoint: Checkpoint,
     prompts: Prompts,
@@ -131,32 +157,59 @@ def answer(
     def inputs(prompts: Prompts, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return {key: value.to(model.device) for key, value in collator([prompts[row] for row in rows]).items()}
 
-    answers = {} if journal is None else read_journal(journal)
-    batches = make_batches(prompts.lengths, kinds, batch_size)
-    left = [rows for rows in batches if not all(row in answers for row in rows)]
-    with tqdm(total=len(limits), initial=len(limits) - sum(map(len, left)), desc=label, unit="row") as bar:
-        for rows in left:
-            batch, (limit, distance), cache = inputs(prompts, rows), kinds[rows[0]], None
-            if distance:
-                other = None if others is None else inputs(others, rows)
-                generated = generate_in_two_parts(
-                    checkpoint.plain_model, batch, other, distance, ablation, limit, ends
-                ).cpu()
-            else:
-                output = model.generate(**batch, max_new_tokens=limit, **model_kwargs, return_dict_in_generate=True)
-                generated = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
-                cache = output.past_key_values
-            ended = torch.isin(generated, ends)
-            lengths = (ended.cumsum(dim=1) == 0).sum(dim=1).tolist()
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-            sizes: list[int | None] = [None] * len(rows)
-            if cache is not None:
-                tokens = batch["attention_mask"].sum(dim=1).cpu() + torch.tensor(lengths)
-                sizes = cache_bytes(cache, tokens, (batch["mm_token_type_ids"] > 0).sum(dim=1).cpu())
-            for row, *parts in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist(), sizes):
-                answers[row] = Answer(*parts)
-            if journal is not None:
-                with open(journal, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"row": row, **asdict(answers[row])}) + "\n" for row in rows)
-            bar.update(len(rows))
-    return [answers[row] for row in range(len(limits))]
+    @torch.inference_mode()
+    def answer_batch(rows: list[int]) -> dict[int, Answer]:
+        batch, (limit, distance), cache = inputs(prompts, rows), kinds[rows[0]], None
+        if distance:
+            other = None if others is None else inputs(others, rows)
+            generated = generate_in_two_parts(
+                checkpoint.plain_model, batch, other, distance, ablation, limit, ends
+            ).cpu()
+        else:
+            output = model.generate(**batch, max_new_tokens=limit, **model_kwargs, return_dict_in_generate=True)
+            generated = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
+            cache = output.past_key_values
+        ended = torch.isin(generated, ends)
+        lengths = (ended.cumsum(dim=1) == 0).sum(dim=1).tolist()
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        sizes: list[int | None] = [None] * len(rows)
+        if cache is not None:
+            tokens = batch["attention_mask"].sum(dim=1).cpu() + torch.tensor(lengths)
+            sizes = cache_bytes(cache, tokens, (batch["mm_token_type_ids"] > 0).sum(dim=1).cpu())
+        return {row: Answer(*parts) for row, *parts in zip(rows, texts, lengths, (~ended.any(dim=1)).tolist(), sizes)}
+
+    def answers(found: set[int]) -> Iterator[dict[int, Answer]]:
+        batches = make_batches(prompts.lengths, kinds, batch_size)
+        return (answer_batch(rows) for rows in batches if not found.issuperset(rows))
+
+    return collect(answers, len(limits), label, journal)
+
+
+def answer_with_vllm(
+    engine: "Engine", prompts: Prompts, limits: Sequence[int], label: str, journal: Path | None = None
+) -> list[Answer]:
+    """
+    As [`answer`], by a model in vLLM.
+
+    Raises:
+        UserError: if vLLM reads a prompt differently.
+    """
+    from pvm.vllm.engine import as_prompt
+
+    conversations, tokenizer = prompts.dataset.conversations, engine.processor.tokenizer
+
+    def answers(found: set[int]) -> Iterator[dict[int, Answer]]:
+        left = sorted(set(range(len(limits))) - found, key=lambda row: limits[row], reverse=True)
+        requests = ((as_prompt(conversations[row], engine.processor), engine.greedy(limits[row])) for row in left)
+        for index, output in engine.generate(requests):
+            row, (given,) = left[index], output.outputs
+            if len(output.prompt_token_ids) != prompts.lengths[row]:
+                raise UserError(
+                    f"{conversations.where(row)}: vLLM makes {len(output.prompt_token_ids)} tokens of the prompt, and "
+                    f"transformers {prompts.lengths[row]}. Use --backend transformers, and please report this."
+                )
+            is_cut = given.token_ids[-1] not in engine.ends
+            tokens = given.token_ids[: None if is_cut else -1]
+            yield {row: Answer(tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), is_cut)}
+
+    return collect(answers, len(limits), label, journal)

@@ -1,16 +1,19 @@
 """The command line of eval.py, and what can be wrong with it before anything is loaded."""
 
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pvm.errors import UserError
-from pvm.evaluation.ablations import ABLATIONS, IN_TWO_PARTS, ablations_of, check_ablations
+from pvm.evaluation.ablations import ABLATIONS, IN_TWO_PARTS, OF_BRANCHES, ablations_of, check_ablations
 from pvm.evaluation.matching import MATCHES
 
 
 # The flags that --tasks accepts; the others are about a data set.
 WITH_TASKS = ("model", "names", "output_dir", "max_samples", "batch_size", "max_new_tokens", "dtype", "overwrite")
+WITH_TASKS += ("backend",)
+DIAGNOSTIC_ROWS = 8
 
 
 @dataclass(kw_only=True)
@@ -94,15 +97,28 @@ class EvalArguments:
             "with `--match exact`, otherwise none."
         },
     )
-    diagnostic_rows: int = field(
-        default=8,
+    diagnostic_rows: int | None = field(
+        default=None,
         metadata={
             "help": "Rows of each group on which the first run of each model is inspected: where attention goes, at "
-            "which layer the prediction is made, what branches add. 0: none."
+            f"which layer the prediction is made, what branches add. 0: none. {DIAGNOSTIC_ROWS} by default, none with "
+            "`--backend vllm`."
+        },
+    )
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "What answers: `transformers`, which can do all that is here, or `vllm`, for many questions or "
+            "long answers (docs/serving.md).",
+            "choices": ("transformers", "vllm"),
         },
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Rows that are answered together; 32 by default, 1 with --tasks."}
+        default=None,
+        metadata={
+            "help": "Rows that are answered together; 32 by default, 1 with --tasks. With `--backend vllm` the most, "
+            "which it chooses by default."
+        },
     )
     max_new_tokens: int | None = field(
         default=None,
@@ -124,6 +140,8 @@ class EvalArguments:
     )
 
     def __post_init__(self):
+        if self.diagnostic_rows is None:
+            self.diagnostic_rows = 0 if self.backend == "vllm" else DIAGNOSTIC_ROWS
         # With other rules a correct answer may have other words than the reference.
         if self.scored_pattern is None and self.match == "exact":
             self.scored_pattern = r"\S+"
@@ -193,6 +211,8 @@ def check_arguments(arguments: EvalArguments) -> list[Model]:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}.")
+    if arguments.backend == "vllm":
+        check_vllm(arguments)
     if arguments.image_kv_cache != "keep":
         flag = f"--image_kv_cache {arguments.image_kv_cache}"
         if not any(ablations_of(path, ["skip"])[1:] for path in arguments.model):
@@ -210,3 +230,23 @@ def check_arguments(arguments: EvalArguments) -> list[Model]:
             raise UserError(f"--scored_pattern {arguments.scored_pattern!r} matches the empty text, too.")
     check_ablations(arguments.ablations, arguments.model)
     return models
+
+
+def check_vllm(arguments: EvalArguments) -> None:
+    """
+    Raises:
+        UserError: for what vLLM cannot do, or if it is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("--backend vllm needs vLLM, in an environment of its own (docs/serving.md).")
+    impossible = {"image_kv_cache": arguments.image_kv_cache if arguments.image_kv_cache != "keep" else None}
+    impossible["ablations"] = next(
+        (kind for kind in arguments.ablations if kind in (*IN_TWO_PARTS, *OF_BRANCHES)), None
+    )
+    impossible["diagnostic_rows"] = arguments.diagnostic_rows or None
+    for flag, value in impossible.items():
+        if value is not None:
+            raise UserError(
+                f"--{flag} {value}: vLLM cannot do that, because it has no access to what happens inside of a model. "
+                "Leave it out, or make it a run of its own with --backend transformers."
+            )

@@ -4,10 +4,11 @@ import hashlib
 import json
 import platform
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import ProcessorMixin
@@ -25,7 +26,7 @@ from pvm.evaluation.ablations import (
     ablations_of,
     refuse_videos,
 )
-from pvm.evaluation.answering import answer
+from pvm.evaluation.answering import answer, answer_with_vllm
 from pvm.evaluation.arguments import EvalArguments, Model
 from pvm.evaluation.diagnostics import choose_rows, diagnose, summarise
 from pvm.evaluation.page import html_page
@@ -35,6 +36,10 @@ from pvm.evaluation.questions import Prompts, answer_limit, check_references, pi
 from pvm.evaluation.report import markdown_report
 from pvm.evaluation.scoring import Entry, make_records, score_all
 from pvm.files import write_atomically
+
+
+if TYPE_CHECKING:  # an extra
+    from pvm.vllm.engine import Engine
 
 
 MAX_GROUPS = 8
@@ -69,7 +74,7 @@ def evaluate(arguments: EvalArguments, models: list[Model]) -> dict[str, Any]:
         "arguments": asdict(arguments),
         "dataset": public_name(arguments.dataset_name),
         "rows": len(conversations),
-        "versions": versions(),
+        "versions": versions(arguments.backend),
         "models": described,
         **score_all(entries, arguments.scored_pattern, arguments.match),
         "diagnostics": summarise(diagnostics),
@@ -147,10 +152,15 @@ def write_report(
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def versions() -> dict[str, str]:
+def versions(backend: str) -> dict[str, str]:
     """Of the packages on which the numbers depend."""
     packages = ("torch", "transformers", "peft", "datasets", "evaluate")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    found = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    if backend == "vllm":
+        import vllm  # whose package has other names, too
+
+        found["vllm"] = vllm.__version__
+    return found
 
 
 class Evaluation:
@@ -192,9 +202,10 @@ class Evaluation:
             if kind in CHANGED_IMAGES
         }
 
-        settings = {key: value for key, value in asdict(arguments).items() if key not in ("overwrite", "output_dir")}
+        unimportant = ("overwrite", "output_dir", "backend")  # the last is told by the versions
+        settings = {key: value for key, value in asdict(arguments).items() if key not in unimportant}
         rows = hashlib.sha256(json.dumps([asdict(question) for question in self.questions]).encode())
-        settings |= {"rows": [prompts.sha256, rows.hexdigest()], "versions": versions()}
+        settings |= {"rows": [prompts.sha256, rows.hexdigest()], "versions": versions(arguments.backend)}
         for path in arguments.model:
             settings[f"state of {path}"] = checkpoint_state(path)
         self.progress = Progress(Path(arguments.output_dir) / UNFINISHED, settings, arguments.overwrite)
@@ -209,16 +220,17 @@ class Evaluation:
         models, records, diagnostics = [], {}, {}
         texts: list[str] = []  # the first model's answers, which all models write for their diagnostics
         for model in self.models:
-            loaded: Checkpoint | None = None
-            for ablation in ablations_of(model.path, self.arguments.ablations):
-                label = f"{model.label}{ablation.suffix}"
-                part = self.progress.load(label)
-                if part is None:
-                    loaded = loaded or load_checkpoint(model.path, self.arguments.dtype)
-                    part = self._answer(model, loaded, ablation, label)
-                    self.progress.save(label, part)
-                models.append(part["model"])
-                records[label] = part["records"]
+            loaded: Checkpoint | Engine | None = None
+            with ExitStack() as stack:
+                for ablation in ablations_of(model.path, self.arguments.ablations):
+                    label = f"{model.label}{ablation.suffix}"
+                    part = self.progress.load(label)
+                    if part is None:
+                        loaded = loaded or self._load(model.path, stack)
+                        part = self._answer(model, loaded, ablation, label)
+                        self.progress.save(label, part)
+                    models.append(part["model"])
+                    records[label] = part["records"]
             texts = texts or [record["prediction"] for record in records[model.label]]
             if model.run == 0 and self.diagnosed:
                 label = f"{model.label} - diagnostics"
@@ -236,30 +248,39 @@ class Evaluation:
             self.prompts, self.prompts_state = Prompts(self.conversations, processor), state
         return self.prompts
 
-    def _answer(self, model: Model, checkpoint: Checkpoint, ablation: Ablation, label: str) -> dict[str, Any]:
+    def _limits(self, processor: ProcessorMixin) -> list[int]:
+        """The most tokens of each answer."""
+        most, tokenizer = self.arguments.max_new_tokens, processor.tokenizer
+        return [most or answer_limit(question.reference, tokenizer) for question in self.questions]
+
+    def _load(self, path: str, stack: ExitStack) -> "Checkpoint | Engine":
+        """The model, in memory as long as `stack` is open."""
+        arguments = self.arguments
+        if arguments.backend == "transformers":
+            return load_checkpoint(path, arguments.dtype)
+        from pvm.vllm.engine import Engine
+
+        processor = processor_of(path)
+        longest = max(map(sum, zip(self._prompts(processor).lengths, self._limits(processor))))
+        return stack.enter_context(closing(Engine(path, arguments.dtype, arguments.batch_size, longest)))
+
+    def _answer(
+        self, model: Model, checkpoint: "Checkpoint | Engine", ablation: Ablation, label: str
+    ) -> dict[str, Any]:
         arguments, processor, description = self.arguments, checkpoint.processor, checkpoint.description
         prompts, others = self._prompts(processor), None
         if ablation.kind == "another_memory":
             others = Prompts(self.changed[ablation.kind], processor)
         elif ablation.kind in CHANGED_IMAGES:
             prompts = Prompts(self.changed[ablation.kind], processor)
-        limits = [
-            arguments.max_new_tokens or answer_limit(question.reference, processor.tokenizer)
-            for question in self.questions
-        ]
+        limits = self._limits(processor)
         journal = self.progress.journal(label)
         resumed, start = journal.exists(), time.perf_counter()
-        answers = answer(
-            checkpoint,
-            prompts,
-            limits,
-            arguments.batch_size or 32,
-            label,
-            ablation,
-            others,
-            journal,
-            arguments.image_kv_cache,
-        )
+        if arguments.backend == "vllm":
+            answers = answer_with_vllm(checkpoint, prompts, limits, label, journal)
+        else:
+            size, cache = arguments.batch_size or 32, arguments.image_kv_cache
+            answers = answer(checkpoint, prompts, limits, size, label, ablation, others, journal, cache)
         sizes = [answer.cache_bytes for answer in answers if answer.cache_bytes is not None]
         return {
             "model": {
