@@ -58,6 +58,18 @@ def test_verdicts_are_those_of_a_reader(match):
         ("choice", "B", "B because the sky is blue.", "correct"),
         ("math", r"\sqrt{2}", "√2", "correct"),
         ("math", r"\sqrt{2}", "sqrt(2)", "correct"),
+        ("choice", "B. a cat", "The animal is a cat.", "correct"),
+        ("choice", "B. a cat", "The animal is not a cat.", "wrong"),
+        ("number", "0", "None", "correct"),
+        ("number", "0", "None of the above", "wrong"),
+        ("number", "1", "The seventh one", "wrong"),
+        ("number", "7", "seventh", "correct"),
+        ("number", "5", "The first image shows 5 dogs.", "correct"),
+        ("number", "2/3", "2/3, or approximately 0.667", "correct"),
+        ("number", "2019", "2019 or 2020", "ambiguous"),
+        ("number", "5", r"5\mathrm{cm}", "correct"),
+        ("math", r"2\sqrt{3}", "AC = 2√3", "correct"),
+        ("math", "5", "x != 5", "wrong"),
         ("math", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", "correct"),
     ],
 )
@@ -73,6 +85,7 @@ def test_references_of_another_kind_are_refused():
         ("number", "many", "is not a number"),
         ("number", "5 or 6", "is not a number"),
         ("math", "yes, it is", "is not a mathematical object"),
+        ("math", "a cat", "is not a mathematical object"),
     ):
         with pytest.raises(UserError, match=sentence):
             check_reference(match, reference)

@@ -61,6 +61,9 @@ def _option(reference: str) -> tuple[str | None, str]:
     return (letters[0] if len(letters) == 1 else None), ""
 
 
+SUBJECT = re.compile(r".*\b(?:is|are|was|were|be|shows?)\s+")
+
+
 def _judge_exact(answer: str, reference: str) -> Verdict:
     return _verdict([normalise(answer) == normalise(reference)])
 
@@ -73,13 +76,13 @@ def _judge_choice(answer: str, reference: str) -> Verdict:
 
     def reads_text(phrase: str) -> list[str]:
         phrase = normalise(plain(phrase))
-        return [phrase] if phrase == text else []
+        return [text] if text in (phrase, SUBJECT.sub("", phrase)) else []
 
     return _verdict([True] if final_values(answer, reads_text, str.__eq__) else [])
 
 
 def _numbers(text: str) -> list[Quantity]:
-    return final_values(text, quantities, lambda one, other: one.equals(other, 1e-9))
+    return final_values(text, quantities, Quantity.restates)
 
 
 def _judge_number(answer: str, reference: str, tolerance: float = TOLERANCE) -> Verdict:
@@ -89,6 +92,7 @@ def _judge_number(answer: str, reference: str, tolerance: float = TOLERANCE) -> 
 
 # References that are numbers are compared as numbers first, which also reads words and units.
 NUMERIC = re.compile(r"(?:[-\d.,%/^{}\s$]|\\[dtc]?frac|\\circ|\\,|°)+")
+LEFT_SIDE = re.compile(r".*=\s*(?=\S)", re.DOTALL)
 COLLECTION = re.compile(r".*\\pm|(?:\\left)?\\?[({\[]")
 
 
@@ -101,7 +105,8 @@ def _judge_math(answer: str, reference: str) -> Verdict:
             return verdict
     wanted = final_values(reference, expressions, str.__eq__)
     given = final_values(answer, expressions, str.__eq__)
-    if same_expression(wanted, given):
+    values = given if any("=" in part for part in wanted) else [LEFT_SIDE.sub("", part) for part in given]
+    if same_expression(wanted, values) or (values != given and same_expression(wanted, given)):
         return Verdict.CORRECT
     is_single = len(wanted) == 1 and not COLLECTION.match(wanted[0])
     is_several = len(given) > 1 or any("\\pm" in expression for expression in given)

@@ -46,12 +46,14 @@ TWICE = re.compile(r"(?<!\\)\{(\{[^{}]*\})\}")
 DELIMITED = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 CONNECTED = re.compile(r"\s*(?:,|;)?\s*(?:and|or)?\s*", re.IGNORECASE)
 WORD = re.compile(r"(?<![\\A-Za-z{\d])[A-Za-z]{2,}(?![A-Za-z^_])")
+MATHEMATICS = re.compile(r"[\d\\=+^_/<>]")  # "a cat" has none
 SAYS = re.compile(
-    r".*(?:\b(?:is|are|be|gives?|equals?|gets?|therefore|so|thus|hence)\b|[是为]|:(?=\s))",
+    r".*(?:\b(?:is|are|be|gives?|equals?|gets?|therefore|so|thus|hence)\b|[是为]|(?<!\s):(?=\s))",
     re.IGNORECASE | re.DOTALL,
 )
 OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b|或|和)\s*")
 VARIABLE = re.compile(r"\s*([a-zA-Z])\s*=")
+POINT = re.compile(r"^\s*[A-Z](?=\s*(?:\\left)?\()")  # M of "M(2, 3)"
 TAIL = re.compile(r"(?:\\(?:text|mathrm)\s*\{[^{}]*\}|(?<=[\d}) ])\s*(?:cm|mm|km|m|kg|g|s|ft|in))(?:\^\{?\d\}?)?\s*$")
 
 
@@ -94,15 +96,17 @@ def expressions(phrase: str) -> list[str]:
         said = SAYS.match(phrase)
         parts = [phrase[said.end() :] if said and phrase[said.end() :].strip() else phrase]
     found = [part for text in parts for part in _separate(latex(text))]
-    plain = [part if runs else WORD.sub(" ", part) for part in found]
-    if not runs and sum(len(WORD.findall(part)) for part in found) > 3:
+    words = 0 if runs else sum(len(WORD.findall(part)) for part in found)
+    if words:
+        found = [WORD.sub(" ", part) for part in found]
+    if words > 3 or (words and not MATHEMATICS.search("".join(found))):
         return []
-    return [part.strip() for part in plain if part.strip()]
+    return [part.strip() for part in found if part.strip()]
 
 
 def _separate(text: str) -> list[str]:
     """The parts of "1, -2" and "x = 1 or x = -2", which is a list of solutions, without "x ="."""
-    text = TAIL.sub("", text)
+    text = POINT.sub("", TAIL.sub("", text))
     parts, depth, start = [], 0, 0
     if re.search(r"\\begin", text):
         return [text]

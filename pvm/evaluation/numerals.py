@@ -30,6 +30,16 @@ class Quantity:
             for share in shares
         )
 
+    def restates(self, other: "Quantity") -> bool:
+        """Whether this is the other one, or the other rounded to a decimal fraction ("2/3, or about 0.667")."""
+        return self.equals(other, 1e-9) or (
+            len(self.values) == len(other.values)
+            and all(
+                not value.is_integer() and value == round(exact, len(repr(value).partition(".")[2]))
+                for value, exact in zip(self.values, other.values)
+            )
+        )
+
 
 # --- words
 
@@ -52,6 +62,8 @@ IN_WORDS = re.compile(
     rf"|(?:a\s+)?(?P<only>half|quarter)\b(?:\s+an?\b)?",
     re.IGNORECASE,
 )
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
+ORDINALS = {word: k for k, word in enumerate(f"{ORDINALS} fifteenth sixteenth".split(), start=1)}
 CHINESE = {character: k for k, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 NUMERAL = f"(?!一[共起样些定直般])[{''.join([*CHINESE, *CHINESE_SCALES])}]{{1,20}}"
@@ -93,8 +105,8 @@ def _chinese(numeral: str) -> float:
 
 DIGITS = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+[.,]\d+|\d+|\.\d+)(?:[eE][-+]?\d{1,4}(?![\w.]))?")
 THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;! ]|\{,\}| )(?=\d{3}(?!\d))")
-TIMES = re.compile(r"\s*(?:\*(?!\*)|×|·|\\times\b|\\cdot\b|[x](?=\s*10\s*(?:\^|\*\*)))\s*")
-OVER = re.compile(r"\s*(?:/|÷|\\div\b)\s*")
+TIMES = re.compile(r"\s*(?:\*(?!\*)|×|·|\\(?:times|cdot)(?![a-z])|[x](?=\s*10\s*(?:\^|\*\*)))\s*")
+OVER = re.compile(r"\s*(?:/|÷|\\div(?![a-z]))\s*")
 POWER = re.compile(r"\s*(?:\^|\*\*)\s*(?!\{?\\circ)")
 MINUS = re.compile(r"(?:[-–－]|minus\b|negative\b|负)\s*", re.IGNORECASE)
 FRACTION = re.compile(r"\s*\\[dtc]?frac\s*")
@@ -109,7 +121,7 @@ SCALE_OF = SCALES | CHINESE_SCALES | {"m": 1e6, "b": 1e9, "bn": 1e9}
 # What makes another thing of the number before it: a variable, an imaginary unit, a time of day.
 OTHERWISE = re.compile(r"(?:\s*[*·]\s*)?(?:[a-ej-lnp-rt-z](?![a-z])|i(?![a-z])|:\d|\\[a-z]+(?<!\\circ)(?<!\\text))")
 START = re.compile(
-    rf"(?<![\w.\\^_])(?<!\^\{{)(?:(?<![\d)}}]){MINUS.pattern})?(?=[\d.(√π{{]|\\[dtc]?frac|\\sqrt|sqrt|\\pi|(?:{WORD}|half|quarter)\b)"
+    rf"(?<![\w.\\^_])(?<!\^\{{)(?:(?<![\d)}}]){MINUS.pattern})?(?=\.?\d|[(√π{{]|\\[dtc]?frac|\\sqrt|sqrt|\\pi|(?:{WORD}|half|quarter)\b)"
     rf"|(?:{MINUS.pattern})?(?={NUMERAL}|百分之)"
     r"|(?<=[\u4e00-\u9fff])(?=\d)|(?<![\w.])[-–](?=\s?[\d\\√π])",
     re.IGNORECASE,
@@ -233,25 +245,33 @@ def _quantity(text: str, at: int) -> tuple[Quantity | None, int]:
 
 # --- phrases
 
-LATEX_TEXT = re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}|\$|\\[()\[\],;:! ]|\\\$|~(?=\\)")
+LATEX_TEXT = re.compile(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}|\$|\\[()\[\],;:! ]")
 LABEL = re.compile(r"^(?:step|question|q|fig(?:ure)?|table)\.?\s*\d+\s*[:.)]?", re.IGNORECASE)
 EXPLANATION = re.compile(
-    r",?\s*\b(?:because|since|where|given that|while|whereas)\b|;|,?\s\((?!or\b)|:(?=\s|$)|[,，]?因为|，",
+    r"(?:,?\s*\b(?:because|since|where|given that|while|whereas)\b|;|,?\s\((?!or\b)|:(?=\s|$)|[,，]?因为|，).*",
     re.IGNORECASE,
 )
 ALTERNATIVES = re.compile(r"\s*,?\(?\s*\bor\b\s*|\s*(?:或者?|还是)\s*|,\s*(?=[a-z]\s*=)", re.IGNORECASE)
+ORDINAL = re.compile(
+    rf"(?<!\ba )(?<!one[ -])\b(?:(?:(?P<tens>{'|'.join(TENS)})[ -])?(?P<ordinal>{'|'.join(ORDINALS)})"
+    r"|\d+(?:st|nd|rd|th))\b(?:\s+one\b)?",
+    re.IGNORECASE,
+)
+PLACE = re.compile(rf"(?:.*\b(?:is|was|in|on|at)\s+)?(?:the\s+)?(?:{ORDINAL.pattern})(?:\s+\w+)?", re.IGNORECASE)
 # "After 3 of them left, ...": not the result, if a number follows.
 INTRODUCTION = re.compile(r"^(?:after|when|if|once|in|of|out of|from)\b[^,:=]*,\s(?=.*\d)", re.IGNORECASE)
-# Of things that can be counted: that there are no solutions is not 0.
+# Of things that can be counted: that there are no solutions, or is no information, is not 0.
 ZERO = re.compile(
-    r"there\s+(?:are|were)\s+no\b"
-    r"(?!\s+(?:real\s+|such\s+)?(?:answers|data|images|integers|numbers|roots|solutions|values)\b).*"
-    r"|no\s+\w+(?:\s\w+)?\s+(?:is|are|was|were)\s+(?:visible|present|shown|left|there)\b.*",
+    r"none(?:\s+of\s+(?!the\s+(?:above|answers|choices|options|other)\b).*)?"
+    r"|there\s+(?:is|are|was|were)\s+(?:none\b|(?:not\s+any|no)\s+(?!(?:\w+\s+)?(?:answer|evidence|data|image|indication"
+    r"|info\w*|integer|mention|number|root|solution|value|way)s?\b)).*"
+    r"|(?:no\s?one|nobody|no(?:\s\w+){1,2})\s+(?:is|are|was|were)\s+(?:visible|present|shown|left|there|\w+ing)\b.*",
     re.IGNORECASE,
 )
 CUES = (
     re.compile(
-        r".*\b(?:so|therefore|thus|hence|a total of(?=\D*[\d.]+\W*$)|totall?ing|total(?=\s*[:=]))\b|.*(?:因此|所以)",
+        r".*\b(?:so|therefore|thus|hence|a (?:difference|number|sum|total) of(?=\D*[\d.]+\W*$)|totall?ing"
+        r"|total(?=\s*[:=]))\b|.*(?:因此|所以)",
         re.IGNORECASE | re.DOTALL,
     ),
     re.compile(
@@ -259,6 +279,8 @@ CUES = (
         re.IGNORECASE | re.DOTALL,
     ),
 )
+# "2019 was the best year, with 5 ...": the result.
+SUBJECT = re.compile(r"^(\S*\d\S*)\s+(?:is|was|are|were)\s+(?:the|when|where|how)\b.*", re.IGNORECASE)
 NEGATED = re.compile(
     r"(?:\b(?:(?:can)?not(?: been?)?|never|rather than|instead of)|不是|[≠])\s*(?:about\s*|just\s*)?$", re.IGNORECASE
 )
@@ -290,21 +312,20 @@ def quantities(phrase: str) -> list[Quantity]:
     if "\n" in phrase:
         return []
     phrase = THOUSANDS.sub(",", LABEL.sub("", phrase.strip()))
-    phrase = LATEX_TEXT.sub(lambda found: f" {found[1]} " if found[1] is not None else " ", phrase)
+    phrase = LATEX_TEXT.sub(r" \1 ", phrase)
     phrase = INTRODUCTION.sub("", " ".join(phrase.split()), count=1)
     if ZERO.fullmatch(phrase.rstrip(".")):
         return [Quantity((0.0,))]
-    main = EXPLANATION.split(phrase)[0]
-    phrase = main if any(START.finditer(main)) else phrase
-    found: list[Quantity] = []
-    for part in ALTERNATIVES.split(phrase):
-        for quantity in _result(part):
-            if not any(quantity.equals(other, 1e-9) for other in found):
-                found.append(quantity)
-    return found
+    if (place := PLACE.fullmatch(phrase.rstrip("."))) and place["ordinal"]:
+        return [Quantity((float(TENS.get((place["tens"] or "").lower(), 0) + ORDINALS[place["ordinal"].lower()]),))]
+    for remove in (EXPLANATION, ORDINAL):
+        rest = remove.sub("", phrase)
+        phrase = phrase if _stated(rest) is None else rest
+    return [quantity for part in ALTERNATIVES.split(phrase) for quantity in _result(part)]
 
 
 def _result(part: str) -> list[Quantity]:
+    part = SUBJECT.sub(r"\1", part)
     for cue in CUES:
         if (before := cue.match(part)) and (after := _stated(part[before.end() :])) is not None:
             return after

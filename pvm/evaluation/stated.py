@@ -59,7 +59,7 @@ def clean(text: str) -> str:
     text = _end(unicodedata.normalize("NFKC", VULGAR_FRACTION.sub(" ", text))).translate(PUNCTUATION)
     text = "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
     text = EMPHASIS.sub(r"\2", HEADING.sub("", text))
-    return re.sub(r"n't\b", " not", text)
+    return re.sub(r"n't\b", " not", text).replace("!=", "≠")
 
 
 def _end(text: str) -> str:
