@@ -26,7 +26,8 @@ from pathlib import Path
 from pvm.arguments import parse_arguments, refuse_flags
 from pvm.errors import UserError
 from pvm.evaluation.arguments import WITH_TASKS, EvalArguments, check_arguments
-from pvm.evaluation.report import checkpoint_lines, findings, remarks, rich_tables
+from pvm.evaluation.conclusions import conclusions
+from pvm.evaluation.report import checkpoint_lines, remarks, rich_tables
 from pvm.evaluation.run import evaluate
 from pvm.files import locked
 from pvm.lmms.run import BenchmarkArguments, run_benchmarks
@@ -50,10 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         report = evaluate(args, models)
 
     console = Terminal()
+    for sentence in conclusions(report):
+        console.print(f"- {sentence}")
     for line in [*checkpoint_lines(report), *remarks(report)]:
         console.print(line)
     for table in rich_tables(report):
         console.print(table)
-    for line in findings(report):
-        console.print(f"- {line}")
     console.print(f"\nWritten: {args.output_dir}/report.html (self-contained), report.md, report.json, predictions/")

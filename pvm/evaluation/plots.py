@@ -1,5 +1,6 @@
 """The pictures of a report."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +9,24 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from pvm.data.media import read_image
 from pvm.data.sources import Conversations
-from pvm.evaluation.tables import bin_label
+from pvm.evaluation.tables import bin_label, intact_names
+from pvm.style import COLOURS, ORANGE, PAPER, PICTURES, QUIET
 
 
-# Okabe and Ito's palette for colour-blind readers; markers differ as well.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: an eighth model differs from the first
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")  # one more than colours: a ninth model differs from the first
 Styles = dict[str, tuple[str, str]]  # colour and marker of each model
-LABEL_GAP = 0.065  # smallest distance between lines of labels, as a share of the height
+WIDTH = 8.4  # inches: two panels, legible on a telephone that shows 600 pixels of it
 QUESTION_SHOWN = 56  # last characters
-LABEL_WIDTH = 16  # characters, after which a name is wrapped
+LABEL_WIDTH = 20  # characters, after which a name is wrapped
+LABELS_SHOWN = 54  # characters that fit under a panel
+ATTENTION = LinearSegmentedColormap.from_list("attention", [f"{ORANGE}00", f"{ORANGE}D9"])  # to 85 % opaque
 
 
 def draw_all(
@@ -41,10 +45,11 @@ def draw_all(
         `dict`: file names by content: "accuracy", "lengths", "ablations", "attention", "lens", "branches", and "heat
         NAME" for each model with branches that attend to the image.
     """
-    names = list(dict.fromkeys(model["name"] for model in report["models"] if model["ablation"] == "none"))
-    styles = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(names)}
+    styles = {
+        name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(intact_names(report))
+    }
     files = {}
-    with rc_context({"text.parse_math": False}):  # names, groups and tokens may contain dollars
+    with rc_context(PICTURES):
         figures = {
             "accuracy": _accuracy(report, styles),
             "lengths": _lengths(report, styles),
@@ -62,73 +67,68 @@ def draw_all(
 
 
 def _accuracy(report: dict[str, Any], styles: Styles) -> Figure:
-    """Accuracy by distance on the left, by depth on the right, a row for each group that has either."""
-    left = [name for name, group in report["groups"].items() if _has_distances(group)]
-    right = [name for name, group in report["groups"].items() if _has_depths(group)]
-    rows = max(len(left), len(right), 1)
-    figure = Figure(figsize=(12, 4.6 * rows), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False)
-    for k in range(rows):
-        if k < len(left):
-            _plot_distance(axes[k][0], report, left[k], styles)
-        if k < len(right):
-            _plot_depth(axes[k][1], report, right[k], styles)
-        for ax in axes[k]:
-            if not ax.has_data():
-                ax.set_axis_off()
-    if not left and not right:
-        axes[0][0].text(0, 0.5, "Neither distance nor depth varies in this data set.")
+    """Accuracy by distance and by depth, a panel for each group in which they vary."""
+    groups = report["groups"]
+    panels = [(group, "by_distance") for group in groups if _varies(report, group, "by_distance")]
+    panels += [(group, "by_depth") for group in groups if _varies(report, group, "by_depth")]
+    if not panels:
+        figure = Figure(figsize=(WIDTH, 1), layout="constrained")
+        figure.text(0.02, 0.5, "Neither distance nor depth varies in this data set.")
+        return figure
+    figure, axes = _panels(len(panels))
+    for ax, (group, axis) in zip(axes, panels):
+        of_distance = axis == "by_distance"
+        what = "answers by distance" if of_distance else "pieces by depth"
+        _plot_bins(ax, report, group, axis, styles, what.partition(" ")[0])
+        ax.set_title(_title(f"Correct {what}", group))
+        ax.set_xlabel(
+            f"tokens {'from image to answer' if of_distance else 'of the answer before the piece'}{ax.get_xlabel()}"
+        )
+    _legend(figure, styles)
     return figure
 
 
 def _lengths(report: dict[str, Any], styles: Styles) -> Figure | None:
     """Accuracy by quartile of length, a panel for each group in which lengths vary."""
-    first = next(iter(styles))
-    groups = [name for name, group in report["groups"].items() if len(group[first]["by_length"]["bins"]) > 1]
+    groups = [name for name in report["groups"] if _varies(report, name, "by_length")]
     if not groups:
         return None
     figure, axes = _panels(len(groups))
     for ax, group in zip(axes, groups):
-        for k, (name, style) in enumerate(styles.items()):
-            bins = report["groups"][group][name]["by_length"]["bins"]
-            x = [place + (k - (len(styles) - 1) / 2) * 0.12 for place in range(len(bins))]
-            _points(ax, x, bins, style, _label(name))
-        ax.set_xticks(range(len(bins)), [f"{bin_label(span)}\n(n = {span['n']})" for span in bins])
+        _plot_bins(ax, report, group, "by_length", styles, "answers")
         ax.set_title(_title("Correct answers by length", group))
-        whose = "the reference" if report["lengths_of"][group] == "reference" else f"{first}'s answer"
-        ax.set_xlabel(f"tokens of {whose}\nin quartiles (bars: 95% intervals)")
-        ax.set_ylabel("correct answers")
-        ax.set_ylim(-0.02, 1.02)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _legend(ax)
-        _plain(ax)
+        whose = "the reference" if report["lengths_of"][group] == "reference" else f"{next(iter(styles))}'s answer"
+        ax.set_xlabel(f"tokens of {whose}{ax.get_xlabel()}")
+    _legend(figure, styles)
     return figure
 
 
 def _ablations(report: dict[str, Any], styles: Styles) -> Figure | None:
-    """The difference that each ablation makes, a panel for each group."""
+    """The difference that each ablation makes, a column for each group."""
     entries = {model["name"]: model["intact"] for model in report["models"] if model["intact"] is not None}
     if not entries:
         return None
-    groups = list(report["groups"])
-    figure = Figure(figsize=(9, (1.4 + 0.34 * len(entries)) * len(groups)), dpi=100, layout="constrained")
-    for ax, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups):
+    figure, axes = _panels(len(report["groups"]), 1 + 0.25 * len(entries), columns=3, sharey=True)
+    for ax, group in zip(axes, report["groups"]):
         found = {entry["of"]: entry for entry in report["comparisons"][group] if entry["of"] in entries}
         for place, (name, intact) in enumerate(reversed(entries.items())):
-            colour, _ = styles[intact]
-            for what, shift, face in (("answers", 0.12, colour), ("pieces", -0.12, "white")):
+            colour, marker = styles[intact]
+            for what, shift, face in (("answers", 0.12, colour), ("pieces", -0.12, PAPER)):
                 if result := found[name][what]:
-                    points = [100 * value for value in (*result["interval"], result["difference"])]
-                    height = [place + shift] * 2
-                    ax.plot(points[:2], height, color=colour, linewidth=1.5)
-                    ax.plot(points[2:], height[:1], "o", color=colour, markerfacecolor=face)
-        ax.axvline(0, color="#888888", linewidth=1)
-        ax.set_yticks(range(len(entries)), list(reversed(entries)))
+                    height = place + shift
+                    ax.hlines(height, *(100 * bound for bound in result["interval"]), color=colour, linewidth=1.5)
+                    ax.plot(
+                        100 * result["difference"], height, marker, color=colour, markerfacecolor=face, markersize=5
+                    )
+        ax.axvline(0, color=QUIET, linewidth=1)
+        labels = [name.removeprefix(f"{intact} - ") for name, intact in reversed(entries.items())]
+        ax.set_yticks(range(len(entries)), labels)
         ax.set_ylim(-0.5, len(entries) - 0.5)
-        ax.set_title(_title("Effect of each ablation", group))
-        ax.set_xlabel("percentage points of correct answers (open: of pieces),\ncompared with intact; bars: 95%")
-        ax.grid(axis="x", alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(_title("Difference to intact", group))
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+    _legend(figure, {name: styles[name] for name in styles if name in entries.values()})
+    figure.supxlabel("percentage points of correct answers (open: of pieces); bars: 95 %", fontsize="medium")
     return figure
 
 
@@ -140,10 +140,11 @@ def _attention(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
     if not diagnostics:
         return None
     groups = list(next(iter(diagnostics.values()))["attention"])
-    figure = Figure(figsize=(13.8, 4.6 * len(groups)), dpi=100, layout="constrained")
-    for group, axes in zip(groups, figure.subplots(len(groups), 3, squeeze=False)):
+    figure, axes = _panels(3 * len(groups), columns=3)
+    for k, group in enumerate(groups):
         curves = {name: summary["attention"][group] for name, summary in diagnostics.items()}
-        _plot_attention(axes, group, curves, styles)
+        _plot_attention(axes[3 * k : 3 * k + 3], group, curves, styles)
+    _legend(figure, styles)
     return figure
 
 
@@ -155,20 +156,20 @@ def _plot_attention(axes: Sequence[Axes], group: str, curves: dict[str, Any], st
     for name, attention in curves.items():
         style = styles[name]
         if attention["by_position"]:
-            _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], style, name)
+            _band(position, [point["x"] for point in attention["by_position"]], attention["by_position"], style)
         x = np.array([point["x"] for point in attention["by_ratio"]])
-        _band(ratio, x, attention["by_ratio"], style, name)
+        _band(ratio, x, attention["by_ratio"], style)
         if attention["decay"] is not None:
             fine = np.geomspace(x.min(), x.max(), 50)
             fit = 1 / (1 + (fine / attention["decay"]["half"]) ** attention["decay"]["exponent"])
             ratio.plot(fine, fit, color=style[0], linewidth=1, linestyle="--")
-        _band(layer, range(len(attention["by_layer"])), attention["by_layer"], style, name)
+        _band(layer, range(len(attention["by_layer"])), attention["by_layer"], style)
     fine = np.geomspace(*ratio.get_xlim(), 50)
-    ratio.plot(fine, 1 / (1 + fine), color="#888888", linestyle=":")
-    for ax, title, label in (
-        (position, "As the answer grows", "tokens of the answer"),
-        (ratio, "As there is more text", "text tokens per visual token"),
-        (layer, "By layer", "decoder layer"),
+    ratio.plot(fine, 1 / (1 + fine), color=QUIET, linestyle=":")
+    for ax, label in (
+        (position, "tokens of the answer"),
+        (ratio, "text tokens per visual token"),
+        (layer, "decoder layer"),
     ):
         if not ax.has_data():
             ax.set_axis_off()
@@ -181,12 +182,9 @@ def _plot_attention(axes: Sequence[Axes], group: str, curves: dict[str, Any], st
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_minor_formatter(NullFormatter())
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        ax.set_title(_title(title, group))
         ax.set_xlabel(label)
-        _plain(ax)
-    (position if position.has_data() else ratio).set_ylabel("self-attention on the image")
+    (position if position.has_data() else ratio).set_title(_title("Self-attention on the image", group))
     layer.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(layer)
 
 
 def _lens(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
@@ -195,14 +193,13 @@ def _lens(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
         return None
     figure, (ax,) = _panels(1)
     for name, summary in diagnostics.items():
-        _band(ax, range(len(summary["kl"])), summary["kl"], styles[name], name)
+        _band(ax, range(len(summary["kl"])), summary["kl"], styles[name])
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("How far each layer is from the final prediction")
     ax.set_xlabel("after decoder layer")
     ax.set_ylabel("KL(final || lens), nats")
-    _legend(ax)
-    _plain(ax)
+    _legend(figure, {name: styles[name] for name in diagnostics})
     return figure
 
 
@@ -217,16 +214,17 @@ def _branches(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
         layers = [int(layer) for layer in summary["injected"]]
         shares = [summary["injected"][str(n)]["mean"] / summary["residual"][n]["mean"] for n in layers]
         x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
-        ax.bar(x, shares, width=0.9 * width, color=styles[name][0], label=_label(f"{name}: branch"))
+        colour, marker = styles[name]
+        ax.bar(x, shares, width=0.9 * width, color=colour)
+        ax.plot(x, shares, color=colour, linestyle="none", marker=marker)
         ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
-        ax.plot(x, ffn, color="#777777", linestyle="none", marker="_", markersize=14, markeredgewidth=3)
+        ax.plot(x, ffn, color=QUIET, linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_title("Size of what branches add (gray: the FFN)")
     ax.set_xlabel("decoder layer")
-    ax.set_ylabel("root mean square, as a share of the stream's")
-    _legend(ax)
-    _plain(ax)
+    ax.set_ylabel("root mean square : stream's")
+    _legend(figure, {name: styles[name] for name in with_branches})
     return figure
 
 
@@ -238,9 +236,10 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
         return None
     sources = [*shown[0]["heat_maps"][0]["branches"], "self"]
     lines = [(row, heat) for row in shown for heat in row["heat_maps"]]
-    figure = Figure(figsize=(2.2 * (len(sources) + 1), 2.4 * len(lines)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(lines), len(sources) + 1, squeeze=False)
-    for (row, heat), line in zip(lines, axes):
+    columns = len(sources) + 1
+    figure, axes = _panels(len(lines) * columns, 1.1 * WIDTH / columns, columns)
+    for k, (row, heat) in enumerate(lines):
+        line = axes[k * columns : (k + 1) * columns]
         image = read_image(conversations[row["index"]].images[0])
         line[0].imshow(image)
         question = textwrap.fill(f"row {row['row']}: {row['question'][-QUESTION_SHOWN:]}", 28)
@@ -249,134 +248,78 @@ def _heat_maps(results: list[dict[str, Any]], conversations: Conversations) -> F
         for ax, source in zip(line[1:], sources):
             weights = np.array(maps[source]).reshape(row["grid"])
             ax.imshow(image.convert("L"), cmap="gray", extent=(0, *image.size, 0))
-            ax.imshow(weights, cmap="Reds", alpha=0.65, vmin=0, extent=(0, *image.size, 0), interpolation="nearest")
-            label = "self-attention" if source == "self" else f"branch in layer {source}"
-            ax.set_title(f"{label}\nlargest {weights.max():.0%}", fontsize=9)
+            ax.imshow(weights, cmap=ATTENTION, vmin=0, extent=(0, *image.size, 0), interpolation="nearest")
+            label = "self-attention" if source == "self" else f"branch, layer {source}"
+            ax.set_title(f"{label}\nlargest {weights.max():.0%}", fontsize=9, fontweight="normal")
         for ax in line:
+            ax.grid(False)
             ax.set_xticks([])
             ax.set_yticks([])
     return figure
 
 
-def _panels(number: int, height: float = 4.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(4.6 * number, 7.5), height), dpi=100, layout="constrained")
-    return figure, list(figure.subplots(1, number, squeeze=False)[0])
+def _panels(number: int, height: float = 3.2, columns: int = 2, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of `number` panels of `height` inches."""
+    columns = min(number, columns)
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    for ax in axes[number:]:
+        ax.set_axis_off()
+    return figure, axes[:number]
 
 
-def _legend(ax: Axes) -> None:
-    """To the right of the panel."""
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+def _legend(figure: Figure, styles: Styles) -> None:
+    """Above all panels, which share it."""
+    lines = [
+        Line2D([], [], color=colour, marker=marker, label=_label(name)) for name, (colour, marker) in styles.items()
+    ]
+    figure.legend(handles=lines, loc="outside upper left", ncols=min(len(lines), 4))
 
 
 def _label(name: str) -> str:
     return textwrap.fill(name, LABEL_WIDTH)
 
 
-def _plain(ax: Axes) -> None:
-    ax.grid(axis="y", alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
+def _title(text: str, group: str) -> str:
+    return text if group == "all" else f"{group}: {text[0].lower()}{text[1:]}"
 
 
-def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], style: tuple[str, str], name: str) -> None:
+def _band(ax: Axes, x: Sequence[float], points: list[dict[str, Any]], style: tuple[str, str]) -> None:
     """Means as a line with their intervals."""
     low, high = zip(*(point["interval"] for point in points))
     means, (colour, marker) = [point["mean"] for point in points], style
     ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    ax.plot(x, means, color=colour, marker=marker, markersize=4, linewidth=2, label=_label(name))
+    ax.plot(x, means, color=colour, marker=marker, markersize=4, linewidth=1.5)
 
 
-def _points(ax: Axes, x: list[float], bins: list[dict[str, Any]], style: tuple[str, str], name: str) -> None:
-    """Accuracies as points with their intervals."""
-    y = [span["accuracy"] for span in bins]
-    errors = [[max(y[k] - span["interval"][0], 0) for k, span in enumerate(bins)],
-              [max(span["interval"][1] - y[k], 0) for k, span in enumerate(bins)]]  # fmt: skip
-    colour, marker = style
-    ax.errorbar(x, y, yerr=errors, color=colour, marker=marker, linestyle="none", linewidth=1.5, label=name)
+def _varies(report: dict[str, Any], group: str, axis: str) -> bool:
+    return any(len(results[axis]["bins"]) > 1 for results in report["groups"][group].values())
 
 
-def _has_distances(group: dict[str, Any]) -> bool:
-    return any(len(results["by_distance"]["bins"]) > 1 for results in group.values())
-
-
-def _has_depths(group: dict[str, Any]) -> bool:
-    return any(results["by_depth"]["bins"] for results in group.values())
-
-
-def _title(text: str, group: str) -> str:
-    return text if group == "all" else f"{text}  ({group})"
-
-
-def _plot_distance(ax: Axes, report: dict[str, Any], group: str, styles: Styles) -> None:
-    results = {name: report["groups"][group][name]["by_distance"]["bins"] for name in styles}
-    ax.set_xscale("log", base=2)
-    bins = _plot_lines(ax, results, styles)
-    ax.set_xticks([max(result["mean"], 1) for result in bins], [bin_label(result) for result in bins])
-    ax.minorticks_off()
-    ax.set_title(_title("Correct answers by distance from the image", group))
-    ax.set_xlabel(f"tokens between the image and the answer\n{_counts(bins, 'answers')}")
-    ax.set_ylabel("correct answers")
-
-
-def _plot_depth(ax: Axes, report: dict[str, Any], group: str, styles: Styles) -> None:
-    results = {name: report["groups"][group][name]["by_depth"]["bins"] for name in styles}
-    bins = _plot_lines(ax, results, styles)
-    ax.set_title(_title("Correct pieces by depth in the answer", group))
-    ax.set_xlabel(f"tokens of the answer before the piece\n{_counts(bins, 'pieces')}")
-    ax.set_ylabel("correct pieces")
-
-
-def _counts(bins: list[dict[str, Any]], what: str) -> str:
-    fewest, most = min(result["n"] for result in bins), max(result["n"] for result in bins)
-    count = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    what = what.removesuffix("s") if most == 1 else what
-    single = "; thin: single runs" if any("by_run" in result for result in bins) else ""
-    return f"(a point: {count} {what}; shaded: 95% interval{single})"
-
-
-def _plot_lines(ax: Axes, results: dict[str, list[dict[str, Any]]], styles: Styles) -> list[dict[str, Any]]:
-    """A labelled line with its interval for each model. Returns the bins, which all models share."""
-    ends = []
-    for name, bins in results.items():
-        colour, marker = styles[name]
-        x = [max(result["mean"], 1) if ax.get_xscale() == "log" else result["mean"] for result in bins]
-        y = [result["accuracy"] for result in bins]
-        low, high = zip(*(result["interval"] for result in bins))
-        ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-        ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=2)
-        for run in zip(*(result.get("by_run", []) for result in bins)):
-            ax.plot(x, run, color=colour, linewidth=0.6, alpha=0.5)
-        ends.append(y[-1])
-    ax.set_ylim(-0.02, 1.02)
+def _plot_bins(ax: Axes, report: dict[str, Any], group: str, axis: str, styles: Styles, what: str) -> None:
+    """
+    Accuracy in each bin, a line for each model. Bins are equally far apart, as they may reach from 0 to thousands, and
+    models are shifted against each other to show their intervals. The label of the axis says what a point is.
+    """
+    results = {name: report["groups"][group][name][axis]["bins"] for name in styles}
+    bins = next(iter(results.values()))
+    step = min(0.1, 0.5 / len(styles))
+    for k, (name, (colour, marker)) in enumerate(styles.items()):
+        x = np.arange(len(bins)) + (k - (len(styles) - 1) / 2) * step
+        y = [span["accuracy"] for span in results[name]]
+        low, high = np.transpose([span["interval"] for span in results[name]])
+        ax.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.5)
+        ax.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
+        for run in zip(*(span.get("by_run", []) for span in results[name])):
+            ax.plot(x, run, color=colour, linestyle="none", marker=".", markersize=3, alpha=0.5)
+    labels = [bin_label(span) for span in bins]
+    ax.set_xticks(range(len(bins)), labels)
+    if len(labels) * (max(map(len, labels)) + 1) > LABELS_SHOWN:
+        ax.tick_params(axis="x", labelrotation=60)
+    ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.grid(axis="y", alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    labels = [_label(name) for name in results]
-    heights = _spread(ends, LABEL_GAP * max(label.count("\n") + 1 for label in labels))
-    for label, height, name in zip(labels, heights, results):
-        ax.annotate(
-            label,
-            xy=(x[-1], height),
-            xytext=(10, 0),
-            textcoords="offset points",
-            color=styles[name][0],
-            fontsize=12,
-            fontweight="bold",
-            verticalalignment="center",
-            annotation_clip=False,
-        )
-    return bins
-
-
-def _spread(heights: list[float], gap: float) -> list[float]:
-    """The heights, moved apart by at least a gap and within [0, 1] if possible."""
-    order = sorted(range(len(heights)), key=lambda k: heights[k])
-    placed: dict[int, float] = {}
-    floor = 0.0
-    for k in order:
-        placed[k] = max(heights[k], floor)
-        floor = placed[k] + gap
-    ceiling = 1.0
-    for k in reversed(order):
-        placed[k] = min(placed[k], ceiling)
-        ceiling = placed[k] - gap
-    return [placed[k] for k in range(len(heights))]
+    fewest, most = (choose(span["n"] for span in bins) for choose in (min, max))
+    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    runs = "; dots: single runs" if any("by_run" in span for result in results.values() for span in result) else ""
+    ax.set_xlabel(f"\n(a point: {count} {what}; bars: 95 %{runs})")

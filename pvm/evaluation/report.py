@@ -7,6 +7,7 @@ from urllib.parse import quote
 from rich.table import Table as RichTable
 
 from pvm.evaluation.ablations import ABLATIONS, IN_TWO_PARTS
+from pvm.evaluation.conclusions import conclusions, reading
 from pvm.evaluation.diagnostics import LONG_TEXT
 from pvm.evaluation.tables import (
     ablation_tables,
@@ -168,10 +169,18 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
         f"{'Each model answered the same' if len(names) > 1 else 'The model answered'} "
         f"{_plural(report['rows'], 'question')} (split `{arguments['dataset_split']}`) with greedy decoding."
         f"{_runs(report)}",
+        "## Verdict",
+        "\n".join(
+            f"{k}. **{sentence.claim}**: {sentence.evidence}." for k, sentence in enumerate(conclusions(report), 1)
+        ),
+        reading(report),
+        "## Correct answers",
         *picture("accuracy", "Accuracy by distance and by depth"),
+        overall_table(report).markdown(),
+        *([runs_table(report).markdown()] if runs_table(report) else []),
     ]
     if found := findings(report):
-        parts += ["## Summary", "Differences in percentage points of correct answers, with 95 % intervals:"]
+        parts += ["## Comparisons", "Differences in percentage points of correct answers, with 95 % intervals:"]
         parts += [_bullets(found)]
     distances, depths, lengths = (
         list(group_tables(report, make)) for make in (distance_table, depth_table, length_table)
@@ -182,9 +191,6 @@ def markdown_report(report: dict[str, Any], pictures: dict[str, str]) -> str:
         "## How to read this",
         reading_guide(report, bool(distances), bool(depths), bool(lengths)),
         *([_bullets(remarks(report))] if remarks(report) else []),
-        "## Correct answers",
-        overall_table(report).markdown(),
-        *([runs_table(report).markdown()] if runs_table(report) else []),
     ]
     for heading, tables in (("By distance", distances), ("By depth", depths), ("By length", lengths)):
         if tables:

@@ -85,6 +85,13 @@ def score(entry: Entry, lengths: Sequence[int], pattern: str | None, match: str 
     }
 
 
+def compare_answers(first: Entry, second: Entry, rows: Sequence[int] | None = None) -> dict[str, Any]:
+    """The difference of the second entry to the first in correct answers, on all rows or on some of them."""
+    chosen = range(len(first.records[0])) if rows is None else rows
+    outcomes = ([[[run[k]["correct"]] for k in chosen] for run in entry.records] for entry in (first, second))
+    return paired_difference(*outcomes, same_runs=second.intact == first.name)
+
+
 def compare(
     first: Entry, second: Entry, lengths: Sequence[int], bins: dict[str, list[dict[str, Any]]], pattern: str | None
 ) -> dict[str, Any]:
@@ -92,8 +99,6 @@ def compare(
     The difference of the second entry to the first on the same rows: of correct `answers`, overall and in each of
     `bins` (`by_distance`, `by_length`), and of correct `pieces` of long answers.
     """
-    same_runs = second.intact == first.name
-    outcomes = [[[[record["correct"]] for record in run] for run in entry.records] for entry in (first, second)]
     values = {"by_distance": [record["distance"] for record in first.records[0]], "by_length": lengths}
     binned = {}
     for axis, spans in bins.items():
@@ -102,10 +107,8 @@ def compare(
             inside = [
                 k for k, value in enumerate(values[axis]) if value is not None and span["low"] <= value <= span["high"]
             ]
-            parts = ([[run[k] for k in inside] for run in runs] for runs in outcomes)
-            binned[axis].append(
-                {"low": span["low"], "high": span["high"], **paired_difference(*parts, same_runs=same_runs)}
-            )
+            difference = compare_answers(first, second, inside)
+            binned[axis].append({"low": span["low"], "high": span["high"], **difference})
     pieces = [
         [
             [
@@ -120,21 +123,27 @@ def compare(
     return {
         "of": second.name,
         "minus": first.name,
-        "answers": paired_difference(*outcomes, same_runs=same_runs),
+        "answers": compare_answers(first, second),
         **binned,
-        "pieces": paired_difference(*pieces, same_runs=same_runs) if pieces[0][0] else None,
+        "pieces": paired_difference(*pieces, same_runs=second.intact == first.name) if pieces[0][0] else None,
     }
 
 
 def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact") -> dict[str, Any]:
     """
     The measured part of the report, which depends on the records alone: `overall`, `ambiguous` (how many answers),
-    `groups` and `comparisons`. Each intact entry is compared with all intact ones before it, and each ablation with
-    its intact entry. Quartiles of length contain the same questions for all entries: `lengths_of` says for each group
-    whether the lengths are those of the references ("reference") or, where these hardly vary, of the answers of the
-    first entry's first run ("answer").
+    `groups`, `comparisons` in each group and `overall_comparisons` of all answers. Each intact entry is compared with
+    all intact ones before it, and each ablation with its intact entry. Quartiles of length contain the same questions
+    for all entries: `lengths_of` says for each group whether the lengths are those of the references ("reference") or,
+    where these hardly vary, of the answers of the first entry's first run ("answer").
     """
     first = entries[0].records[0]
+    pairs = [
+        (before, entry)
+        for k, entry in enumerate(entries)
+        for before in entries[:k]
+        if before.intact is None and entry.intact in (None, before.name)
+    ]
     report: dict[str, Any] = {
         "overall": {
             entry.name: Accuracy(keep_in_memory=True).compute(**_texts(entry), match=match) for entry in entries
@@ -143,13 +152,10 @@ def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact
         "groups": {},
         "lengths_of": {},
         "comparisons": {},
+        "overall_comparisons": [
+            {"of": of.name, "minus": minus.name, "answers": compare_answers(minus, of)} for minus, of in pairs
+        ],
     }
-    pairs = [
-        (before.name, entry.name)
-        for k, entry in enumerate(entries)
-        for before in entries[:k]
-        if before.intact is None and entry.intact in (None, before.name)
-    ]
     for group in dict.fromkeys(record["group"] for record in first):
         chosen = [k for k, record in enumerate(first) if record["group"] == group]
         # The length of an answer may depend on whether it is correct, so bins by it are biased; see the report.
@@ -161,5 +167,7 @@ def score_all(entries: Sequence[Entry], pattern: str | None, match: str = "exact
         report["groups"][group] = {name: score(entry, lengths, pattern, match) for name, entry in mine.items()}
         scores = report["groups"][group][entries[0].name]
         bins = {axis: scores[axis]["bins"] for axis in ("by_distance", "by_length")}
-        report["comparisons"][group] = [compare(mine[minus], mine[of], lengths, bins, pattern) for minus, of in pairs]
+        report["comparisons"][group] = [
+            compare(mine[minus.name], mine[of.name], lengths, bins, pattern) for minus, of in pairs
+        ]
     return report

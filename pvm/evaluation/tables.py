@@ -38,7 +38,7 @@ def _cell(text: str) -> str:
 
 def bin_label(result: dict[str, Any]) -> str:
     """The range of a bin."""
-    return str(result["low"]) if result["low"] == result["high"] else f"{result['low']}–{result['high']}"  # noqa: RUF001
+    return f"{result['low']:,}" + (f"–{result['high']:,}" if result["high"] != result["low"] else "")  # noqa: RUF001
 
 
 def share(result: dict[str, Any]) -> str:
@@ -73,24 +73,21 @@ def subject(report: dict[str, Any]) -> str:
     return (with_memory or intact_names(report)[1:] or intact_names(report))[0]
 
 
-def compared(report: dict[str, Any], group: str, of: str, minus: str) -> dict[str, Any]:
-    """The comparison of two entries in a group, in whichever order they were compared."""
-    for entry in report["comparisons"][group]:
+def compared(report: dict[str, Any], group: str | None, of: str, minus: str) -> dict[str, Any]:
+    """The comparison of two entries in a group, or on all rows (`None`), in whichever order they were compared."""
+    for entry in report["overall_comparisons"] if group is None else report["comparisons"][group]:
         if (entry["of"], entry["minus"]) == (of, minus):
             return entry
         if (entry["of"], entry["minus"]) == (minus, of):
-            return {
-                "of": of,
-                "minus": minus,
-                "answers": _negative(entry["answers"]),
-                "by_distance": [_negative(span) for span in entry["by_distance"]],
-                "by_length": [_negative(span) for span in entry["by_length"]],
-                "pieces": entry["pieces"] and _negative(entry["pieces"]),
-            }
+            results = {key: value for key, value in entry.items() if key not in ("of", "minus")}
+            return {"of": of, "minus": minus, **{key: _negative(value) for key, value in results.items()}}
     raise KeyError(f"{of} and {minus} were not compared in {group}.")
 
 
-def _negative(result: dict[str, Any]) -> dict[str, Any]:
+def _negative(result: Any) -> Any:
+    """Of a difference, a list of them, or none."""
+    if not isinstance(result, dict):
+        return result and [_negative(span) for span in result]
     low, high = result["interval"]
     return {**result, "difference": -result["difference"], "interval": [-high, -low]}
 
