@@ -62,6 +62,25 @@ def test_whole_and_back(stock, adapter, tmp_path, capsys):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_keeps_its_dtype(tmp_path, tied):
+    """After a training in float32 on a base in bfloat16: the same model, in half of the bytes."""
+    base, adapter, whole = tmp_path / "base", tmp_path / "adapter", tmp_path / "whole"
+    config = tiny.stock_config()
+    config.tie_word_embeddings = tied
+    Qwen3VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(base)
+    model = load(base, dtype="float32")
+    tiny.set_gates(model, 0.3)  # not a number of bfloat16
+    model.config.base_model_name_or_path = str(base)
+    model.save_pretrained(adapter, adapter_only=True)
+    convert.main([str(adapter), str(whole), "--to", "whole"])
+    weights = load_file(whole / "model.safetensors")
+    assert ("lm_head.weight" in weights) != tied
+    for name, weight in weights.items():
+        assert weight.dtype == (torch.float32 if ".pvm_block." in name else torch.bfloat16), name
+    assert torch.equal(tiny.logits(load(whole), BATCH), tiny.logits(load(adapter), BATCH))
+
+
 def test_a_changed_backbone_makes_no_adapter(stock, adapter, tmp_path):
     model = load(adapter)
     with torch.no_grad():

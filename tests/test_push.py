@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load, load_file, save_file
 
 from adapter_qwen3vl_pvm import ADAPTER_WEIGHTS_NAME
 from hub_server import HubServer, serve
+from pvm.checkpoints import push
 from pvm.checkpoints.inspect import inspect
 from pvm.checkpoints.loading import load_checkpoint
 from training import PVM, ROOT, arguments
@@ -267,6 +269,16 @@ def test_an_interrupted_push_changes_nothing(machine, trained):
     machine.hub.on_upload = None
     assert machine.hub.titles("me/killed") == ["step 2"]
     assert machine.hub.files("me/killed")[ADAPTER_WEIGHTS_NAME] == (before / ADAPTER_WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("shortest", [10**9, 1])
+def test_a_short_upload_has_no_bars(tmp_path, monkeypatch, shortest):
+    seen = []
+    monkeypatch.setattr(push.HfApi, "upload_folder", lambda *_, **__: seen.append(are_progress_bars_disabled()))
+    monkeypatch.setattr(push, "BYTES_WITH_BARS", shortest)
+    (tmp_path / "config.json").write_text("{}")
+    push.push(tmp_path, "me/quiet", "A short upload")
+    assert seen == [shortest > 1] and not are_progress_bars_disabled()
 
 
 def test_a_branch_is_made(machine, trained):

@@ -37,7 +37,7 @@ from pvm.terminal import Terminal
 
 def load_merged(name: str, revision: str) -> Qwen3VLPVMForConditionalGeneration:
     """
-    A PVM checkpoint in the dtype of its backbone. LoRA is merged in float32, and the sums are rounded once.
+    A PVM checkpoint in its dtype. LoRA is merged in float32, and the sums are rounded once.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -50,6 +50,20 @@ def load_merged(name: str, revision: str) -> Qwen3VLPVMForConditionalGeneration:
         model = add_peft_adapter(model, name, revision, lora).merge_and_unload()
         model = model.to(config.dtype)
     return model
+
+
+def stored_weights(model: Qwen3VLPVMForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """
+    The weights as they are stored: those of a base in its dtype, which may be smaller than that of the training and of
+    the branches.
+    """
+    weights, base = model.state_dict(), model.config.base_model_name_or_path
+    dtype = base and pvm_config(base, model.config.base_model_revision or "main").dtype
+    if dtype is None:
+        return weights
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # a copy in another dtype would be stored
+    return {name: weight if ".pvm_block." in name else weight.to(dtype) for name, weight in weights.items()}
 
 
 def check_backbone(model: Qwen3VLPVMForConditionalGeneration, base: str, revision: str | None) -> None:
@@ -102,7 +116,9 @@ def reference_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 def save(model: Qwen3VLPVMForConditionalGeneration, folder: Path, form: str) -> None:
     """Write a model in one of the forms: "whole", "adapter" or "reference"."""
-    model.save_pretrained(folder, adapter_only=form == "adapter")
+    if form == "adapter":
+        return model.save_pretrained(folder, adapter_only=True)
+    model.save_pretrained(folder, state_dict=stored_weights(model))
     if form == "reference":
         for file in folder.glob("*.py"):
             file.unlink()  # the authors' checkpoints come without code

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from pvm.errors import UserError
 
@@ -19,6 +20,7 @@ HUB_FILES = (
     *("*processor_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template*"),
 )
+BYTES_WITH_BARS = 10**9  # the Hub's bars, several at a time, are for long uploads; a training has a bar of its own
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*adapter_config.json")
 
 
@@ -52,14 +54,22 @@ def push(
     api = HfApi(token=token)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=names,
-        delete_patterns=list(WEIGHTS),
-        commit_message=commit_message,
-        revision=revision,
-    )
+    hide_bars = sum((folder / name).stat().st_size for name in names) < BYTES_WITH_BARS
+    hide_bars = hide_bars and not are_progress_bars_disabled()
+    if hide_bars:
+        disable_progress_bars()
+    try:
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=names,
+            delete_patterns=list(WEIGHTS),
+            commit_message=commit_message,
+            revision=revision,
+        )
+    finally:
+        if hide_bars:
+            enable_progress_bars()
 
 
 def _refuse_paths(folder: Path, names: list[str]) -> None:
