@@ -254,7 +254,12 @@ def test_requirements_of_the_space():
         if module in seen or not path.is_file():
             continue
         seen.add(module)
-        statements = [s for s in ast.parse(path.read_text()).body if not isinstance(s, ast.FunctionDef | ast.ClassDef)]
+        statements = [
+            statement
+            for statement in ast.parse(path.read_text()).body
+            if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
+            and not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING")
+        ]
         for node in [node for statement in statements for node in ast.walk(statement)]:
             names = []
             if isinstance(node, ast.Import):
@@ -396,6 +401,11 @@ def test_in_a_browser(page, checkpoints, tmp_path):
         for visitor, cell in zip(visitors, (first, second)):
             browser.switch_to.window(visitor)
             assert wait.until(written) == expected[cell]
+
+        for mode, paper in (("dark", "rgb(22, 24, 27)"), ("light", "rgb(255, 255, 255)")):
+            features = [{"name": "prefers-color-scheme", "value": mode}]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == paper
 
         drawn = browser.execute_script(
             "return [...document.querySelectorAll('.column')].map("

@@ -154,5 +154,8 @@ def test_the_page_escapes_html_and_shows_every_table(report, tmp_path):
     text = markdown_report({**report, "dataset": {"name": "<script>alert(1)</script>"}}, {"accuracy": "report.png"})
     page = html_page(text, tmp_path)
     assert "<script" not in page and "&lt;script&gt;" in page
+    opening, *folded = page.split("<details")
+    assert '<section class="first">\n<h2>Verdict</h2>\n<ol>' in opening and "<table>" not in opening
+    assert [part.startswith(" open>") for part in folded] == [True] + [False] * (text.count("\n## ") - 2)
     assert page.count("<table>") == text.count("\n| --- |") and 'src="data:image/png;base64,cGljdHVyZQ=="' in page
     assert json.dumps(report)

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -21,6 +21,7 @@ from pvm.app.examples import examples
 from pvm.checkpoints.loading import Checkpoint
 from pvm.checkpoints.names import public_name
 from pvm.errors import UserError
+from pvm.style import CSS
 from pvm.terminal import printable
 from variants_qwen3vl_pvm import BLOCKS
 
@@ -51,6 +52,9 @@ def create_app(checkpoints: list[Checkpoint]) -> Starlette:
     async def get_setup(request: Request) -> JSONResponse:
         return JSONResponse(setup)
 
+    async def get_shared_css(request: Request) -> Response:
+        return Response(CSS, media_type="text/css")
+
     async def post_image(request: Request) -> JSONResponse:
         name = request.query_params.get("name", "")[:100]
         image = await run_in_threadpool(read_upload, await _body(request), name)
@@ -66,6 +70,7 @@ def create_app(checkpoints: list[Checkpoint]) -> Starlette:
     return Starlette(
         routes=[
             Route("/setup", get_setup),
+            Route("/shared.css", get_shared_css),
             Route("/image", post_image, methods=["POST"]),
             Route("/answer", post_answer, methods=["POST"]),
             Mount("/", StaticFiles(directory=Path(__file__).with_name("static"), html=True)),

@@ -177,8 +177,9 @@ class Column {
     }
     const [width, height] = [canvas.width / columns, canvas.height / rows];
     const peak = Math.max(...weights);
+    context.fillStyle = getComputedStyle(this.root).getPropertyValue("--attention");
     weights.forEach((weight, k) => {
-      context.fillStyle = `rgb(230 159 0 / ${0.8 * (weight / peak)})`;
+      context.globalAlpha = 0.85 * (weight / peak);
       context.fillRect((k % columns) * width, Math.floor(k / columns) * height, width, height);
     });
     return canvas;
@@ -189,7 +190,7 @@ class Column {
     // The last token of the question is where the first of the answer is written.
     const shares = [...asked.slice(0, -1), ...this.tokens.map(({ share }) => share)];
     const branches = Object.keys(this.tokens[0].branches).length;
-    const [left, right, top, bottom] = [46, 470, 12, 160];
+    const [left, right, top, bottom] = [54, 470, 12, 160];
     const x = (k) => left + ((right - left) * k) / Math.max(shares.length - 1, 1);
     const y = (share) => bottom - (bottom - top) * share;
     const first = asked.length - 1;
@@ -222,7 +223,7 @@ class Column {
     const rows = lists[0][1].map((_, k) =>
       element("tr", {}, ...lists.map(([, list], column) => {
         const [text, probability] = list[k];
-        const bar = element("i", { style: `width: ${45 * probability}%` });
+        const bar = element("i", { style: `width: ${34 * probability}%` });
         return element("td", { class: column ? "off" : "on" },
           element("div", { class: "bar" }, element("code", { title: text }, visible(text)), bar, percent(probability)));
       })),
