@@ -13,6 +13,7 @@ image is appended there, and later tokens attend to both. No module holds the st
 
 import functools
 from collections.abc import Collection
+from difflib import get_close_matches
 
 import torch
 from torch import nn
@@ -173,6 +174,9 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         """
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        if not torch.compiler.is_compiling():
+            for name in kwargs:
+                refuse_misspelt(name)
         wants_attention = kwargs.get("output_pvm_attentions", False)
         if wants_attention and self.config._attn_implementation != "eager":
             raise ValueError(
@@ -305,6 +309,17 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
 def take(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """`states` `[batch, sequence, hidden_size]` at `index` `[batch, n]`. (take_along_dim would copy the index.)"""
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+ARGUMENTS = ("use_pvm", "image_kv_cache", "output_pvm_attentions")  # that stock methods do not have
+
+
+@functools.cache
+def refuse_misspelt(name: str) -> None:
+    """Raise a `TypeError` for a name that is nearly one of [`ARGUMENTS`]: stock methods would ignore it."""
+    is_known = name in (*ARGUMENTS, "output_attentions")
+    if not is_known and ("pvm" in name.lower() or get_close_matches(name, ARGUMENTS, cutoff=0.7)):
+        raise TypeError(f"`{name}` is not an argument of the model. Did you mean one of {', '.join(ARGUMENTS)}?")
 
 
 class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.utils import TransformersKwargs
 
 import tiny
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
@@ -24,6 +25,7 @@ from modeling_qwen3vl_pvm import (
     Qwen3VLPVMCrossAttention,
     Qwen3VLPVMForConditionalGeneration,
     Qwen3VLPVMModel,
+    refuse_misspelt,
 )
 from tiny import BATCHES, branches, image, text, video
 
@@ -737,6 +739,22 @@ def test_refuses_a_switch_that_is_none(model, use_pvm):
     batch = tiny.inputs(*BATCHES["one image"])
     with pytest.raises(ValueError, match=r"`use_pvm=.*: pass True, False or a list of layers.*of \[1, 2\]"):
         model(**batch, use_pvm=use_pvm)
+
+
+@pytest.mark.parametrize("name", ["use_pwm", "use_PVM", "pvm_layers", "image_kv_cash", "kv_cache", "output_pvm_attn"])
+def test_refuses_an_argument_that_is_misspelt(model, name):
+    """In `forward`; `generate` refuses whatever it does not know, as the stock model's."""
+    batch = tiny.inputs(*BATCHES["one image"])
+    for forward in (model, model.model):
+        with pytest.raises(TypeError, match=f"`{name}` is not an argument of the model. Did you mean one of use_pvm"):
+            forward(**batch, **{name: False})
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(**batch, **{name: False})
+
+
+def test_refuses_no_argument_of_transformers(model):
+    for name in (*TransformersKwargs.__optional_keys__, "use_cache", "logits_to_keep", "cache", "block_table"):
+        refuse_misspelt(name)
 
 
 def test_refuses_the_config_of_a_stock_model():

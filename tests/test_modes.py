@@ -434,6 +434,10 @@ def test_continuous_batching_refuses_images(model):
     for row in ([*text(2), tiny.IMAGE_TOKEN], torch.tensor([*text(2), tiny.VIDEO_TOKEN])):
         with pytest.raises(ValueError, match="cannot pass images"):
             model.generate_batch([text(3), row])
+    manager = copy.deepcopy(model).init_continuous_batching()  # which changes the model's attention
+    for add, rows in ((manager.add_request, row.tolist()), (manager.add_requests, [text(3), row.tolist()])):
+        with pytest.raises(ValueError, match="cannot pass images"):
+            add(rows)
 
 
 def test_export_of_a_decode_step(model):
