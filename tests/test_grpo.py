@@ -205,6 +205,14 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run_grpo, trained, t
     assert [entry["reward"] for entry in history(resumed)] == [entry["reward"] for entry in history(whole)]
 
 
+def test_prompts_with_and_without_images(run_grpo, tmp_path):
+    """In one generation batch, and in micro-batches of one row; all twelve rows are seen, two of them without."""
+    flags = ("--trains", "branches", "--max_steps", "6", "--save_steps", "6")
+    flags += ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    log = history(run_grpo(tmp_path / "run", "pvm", *flags))
+    assert len(log) == 6 and all(0 <= entry[DIFFERENCE] < 1e-4 for entry in log)
+
+
 def test_dry_run(starts, conversations, tmp_path, capsys):
     names = ("--model_name_or_path", starts["pvm"], "--dataset_name", conversations, "--output_dir", tmp_path / "run")
     grpo.main([*map(str, names), *FLAGS, "--dry_run", "true"])

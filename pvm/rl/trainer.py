@@ -114,8 +114,10 @@ class PVMGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
     - vLLM gets prompts as it wants them, with one placeholder per image. trl gives it one per visual token, and vLLM
       expands them once more.
 
-    Private methods of trl's trainer that are overridden, because there is no public way: `_generate_single_turn`,
-    `_get_per_token_logps_and_entropies`.
+    - Prompts with and without images may be in one batch.
+
+    Private methods of trl's trainer that are overridden, because there is no public way: `_tokenize_prompts`,
+    `_generate_single_turn`, `_get_per_token_logps_and_entropies`.
 
     Args:
         settings (`dict[str, Any]`): [`grpo_settings`].
@@ -125,6 +127,7 @@ class PVMGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
         config = model.config
         self.placeholders = [config.image_token_id, config.video_token_id]
         super().__init__(model, *args, **kwargs)
+        self.model.register_forward_pre_hook(without_empty_images, with_kwargs=True)
         if self.use_vllm:
             self.vllm_generation.generation_kwargs["logit_bias"] = dict.fromkeys(self.placeholders, -100.0)
         else:
@@ -135,12 +138,18 @@ class PVMGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: every checkpoint has a card of its own."""
 
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list[list] | None, dict[str, Any]]:
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        # The processor, which reads them once more, does not take trl's `None` for a prompt without images.
+        return prompt_ids, images and [own or [] for own in images], multimodal_fields
+
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images, multimodal_fields: dict[str, Any], num_generations: int, **kwargs
     ) -> tuple[list[list[int]], list[list[float]]]:
         if self.use_vllm:
             if self.vllm_mode == "colocate":
                 prompt_ids = [collapsed(ids, self.placeholders[0]) for ids in prompt_ids]
+            images = images and [own or None for own in images]
             completions, log_probs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, **kwargs
             )
@@ -219,6 +228,13 @@ class PVMGRPOTrainer(CheckpointingTrainer, GRPOTrainer):
                 "could be trusted. With --use_vllm, check that vLLM has the plugin and the same weights "
                 "(docs/recipe.md); otherwise please report this."
             )
+
+
+def without_empty_images(model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """trl passes zero images for a micro-batch that has none, and the vision tower does not take them."""
+    if "image_grid_thw" in kwargs and len(kwargs["image_grid_thw"]) == 0:
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("pixel_values", "image_grid_thw")}
+    return args, kwargs
 
 
 def grpo_settings(arguments: GRPOArguments) -> dict[str, Any]:
