@@ -30,6 +30,7 @@ from benchmarks.common import (
 from benchmarks.decode import PROMPT_TOKENS, WARM_UP, filled_cache
 from cache_qwen3vl_pvm import VisualMemory, set_visual_memory
 from eviction_qwen3vl_pvm import CachedTokens
+from pvm.style import BLUE, VERMILLION
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def draw(file: str, measured: dict[int, dict[int, tuple]], gigabytes: float) -> 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for batch_size, marker in zip(measured, "os^D"):
         visual = list(measured[batch_size])
-        for k, (name, colour) in enumerate((("stock", "#0072B2"), ("PVM, image not in the cache", "#D55E00"))):
+        for k, (name, colour) in enumerate((("stock", BLUE), ("PVM, image not in the cache", VERMILLION))):
             speed = [1000 * batch_size / measured[batch_size][n][0][k] for n in visual]
             left.plot(visual, speed, marker=marker, color=colour, label=f"{name}, batch {batch_size}")
             if batch_size == max(measured):

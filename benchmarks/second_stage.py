@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import print_table
 from pvm.digits import world
 from pvm.digits.data import FEATURES, some_cells
+from pvm.style import COLOURS
 
 
 ROWS = {"few": 240, "questions": 400, "test": 160}
@@ -110,7 +111,7 @@ def draw(curves: dict[tuple[str, str], list[list[dict]]], path: Path) -> None:
     axes = figure.subplots(1, 3)
     titles = {"reward": "reward of samples", "length": "tokens of samples", "accuracy": "accuracy, unseen digits"}
     for (method, reward), runs in curves.items():
-        style = {"color": f"C{list(METHODS).index(method)}", "linestyle": "-" if reward == "reward" else ":"}
+        style = {"color": COLOURS[list(METHODS).index(method)], "linestyle": "-" if reward == "reward" else ":"}
         for axis, (key, title) in zip(axes, titles.items()):
             values = np.array([[point[key] for point in curve] for curve in runs])
             steps = [point["step"] for point in runs[0]]
