@@ -1,8 +1,5 @@
 # Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
-"""
-Saving and loading. A whole checkpoint holds all weights. An adapter checkpoint holds the branches only, and its config
-names the base that has the others. Both are refused if they are not what they say.
-"""
+"""Saving and loading: whole checkpoints, and adapter checkpoints, which hold branches and name the base."""
 
 import copy
 import os
@@ -76,10 +73,9 @@ class AdapterMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
-        Load a PVM checkpoint (whole, or an adapter with its base), a stock Qwen3-VL checkpoint (its branches are new,
-        with gates of zero), or one of the authors' implementation. For other branches pass
-        `config=Qwen3VLPVMConfig.from_stock(...)`, for a base somewhere else `base_model_name_or_path=...`. Only
-        safetensors are read.
+        Load the safetensors of a PVM checkpoint, of a stock one (branches are new, with gates of zero), or of the
+        authors' implementation. For other branches pass `config=Qwen3VLPVMConfig.from_stock(...)`, for a base
+        somewhere else `base_model_name_or_path=...`.
 
         Raises:
             OSError: if the checkpoint or its base could not be loaded.

@@ -94,12 +94,10 @@ class Qwen3VLPVMCrossAttention(nn.Module):
                 key, value = memory.update(self.layer_idx, key, value)
 
         implementation, mask = self.config._attn_implementation, metadata.mask
-        if implementation == "eager":
-            if mask is not None:
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        elif mask is not None or query.dtype == torch.float32:
-            # Flash attention takes neither a mask of this form nor float32.
-            implementation = "sdpa"
+        if implementation != "eager" and (mask is not None or query.dtype == torch.float32):
+            implementation = "sdpa"  # flash attention takes neither a mask of this form nor float32
+        elif mask is not None:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         attn_output, attn_weights = attention_interface(

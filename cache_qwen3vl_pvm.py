@@ -1,13 +1,10 @@
 # Copyright 2026 The Qwen3-VL PVM authors. Licensed under the Apache License, Version 2.0.
 """
-The visual memory of a conversation, and how it rides with the KV cache.
+The visual memory of a conversation: the keys and values of every branch, and where in the sequence their tokens are.
+The first layer of a KV cache carries it, whatever its class, so that what is done to the cache is done to the memory.
 
-A cache has one memory: the keys and values of every branch, and where in the sequence their tokens are. The first
-cache layer carries it, whatever the class of that layer, so that everything done to the cache is done to the memory.
-
-Because branches have a memory of their own, visual tokens may leave the KV cache (eviction_qwen3vl_pvm.py). Its layers
-then hold fewer columns than the sequence has tokens. Their length is still that of the sequence, as it is for the
-sliding windows of transformers.
+Visual tokens may leave the KV cache (eviction_qwen3vl_pvm.py). Its layers then hold fewer columns than the sequence
+has tokens; their length is still that of the sequence, as it is for the sliding windows of transformers.
 """
 
 import functools

@@ -17,16 +17,6 @@ TRANSFORMERS = ((5, 16), (5, 24))  # the first version that this was run with, a
 REFERENCE_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
 
 
-def warn_about_other_transformers() -> None:
-    """Once, however many checkpoints bring this file along: hence the logger of transformers."""
-    first, next_untested = TRANSFORMERS
-    if not first <= tuple(map(int, transformers.__version__.split(".")[:2])) < next_untested:
-        logging.get_logger("transformers").warning_once(
-            "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, install "
-            "one of those.".format(*first, *next_untested, transformers.__version__)
-        )
-
-
 def default_pvm_layers(hidden_size: int, num_hidden_layers: int) -> list[int]:
     """The decoder layers that carry a branch by default: at 2/9, 4/9 and 6/9 of the decoder, as published for 8B."""
     if (hidden_size, num_hidden_layers) == (2560, 36):
@@ -45,13 +35,13 @@ class Qwen3VLPVMTextConfig(Qwen3VLTextConfig):
         pvm_hidden_size (`int`, defaults to 512):
             Width of the branch (d' in the paper); a multiple of `head_dim`.
         pvm_causal (`bool`, defaults to `True`):
-            Whether a text token attends only to the visual tokens before it. With `False` it attends to all visual
-            tokens of its row, those of later turns included, as in the authors' implementation.
+            Whether a text token attends only to the visual tokens before it; else to all of its row, as in the
+            authors' implementation.
         pvm_block (`str`, defaults to `"pvm"`):
             The kind of branch: a key of `BLOCKS` in variants_qwen3vl_pvm.py.
         pvm_training (`dict`, *optional*):
-            Training metadata of a checkpoint: `method`, `step`, and `base_model` with `base_revision` if that was on
-            the Hub. A checkpoint that has it but lacks branch weights, or has all gates at zero, is refused.
+            Training metadata: `method`, `step`, `base_model`, `base_revision`. A checkpoint that has it but lacks
+            branch weights, or has all gates at zero, is refused.
 
     Raises:
         ValueError: for the text config of a mixture-of-experts model.
@@ -136,7 +126,13 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
     peft_adapter: str | None = None
 
     def __post_init__(self, **kwargs):
-        warn_about_other_transformers()
+        first, next_untested = TRANSFORMERS
+        if not first <= tuple(map(int, transformers.__version__.split(".")[:2])) < next_untested:
+            # By the logger of transformers: once, however many checkpoints bring this file along.
+            logging.get_logger("transformers").warning_once(
+                "The PVM code was run with transformers >= {}.{}, < {}.{}, and this is {}. If something fails, "
+                "install one of those.".format(*first, *next_untested, transformers.__version__)
+            )
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = Qwen3VLPVMTextConfig(**(self.text_config or {}))
         elif not isinstance(self.text_config, Qwen3VLPVMTextConfig):
@@ -152,10 +148,7 @@ class Qwen3VLPVMConfig(Qwen3VLConfig):
 
     @classmethod
     def from_stock(cls, config: Qwen3VLConfig, **pvm_fields: Any) -> "Qwen3VLPVMConfig":
-        """
-        The config of a dense Qwen3-VL model with the given fields of [`Qwen3VLPVMTextConfig`] added. Raises a
-        `ValueError` for other models.
-        """
+        """The config of a dense Qwen3-VL model with fields of [`Qwen3VLPVMTextConfig`]; `ValueError` for others."""
         fields = cls._from_stock_dict(config.to_dict())
         return cls.from_dict({**fields, "text_config": {**fields["text_config"], **pvm_fields}})
 

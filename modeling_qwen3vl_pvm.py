@@ -192,14 +192,14 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 f"`use_pvm={use_pvm!r}`: pass True, False or a list of layers with a branch, of {layers}."
             )
         has_images = visual_pos_masks is not None
-        if has_images and image_kv_cache != "keep" and past_key_values is None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache or (use_cache is None and self.config.use_cache):
-                past_key_values = DynamicCache(config=self.config)
-        check_image_kv_cache(image_kv_cache, has_images, attention_mask, past_key_values)
-        if has_images and image_kv_cache != "keep" and not self.training:
-            warn_without_image_dropout(self.config.pvm_training)
         skip = has_images and image_kv_cache == "skip"
+        if has_images and image_kv_cache != "keep":
+            use_cache = kwargs.get("use_cache")
+            if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+                past_key_values = DynamicCache(config=self.config)
+            if not self.training:
+                warn_without_image_dropout(self.config.pvm_training)
+        check_image_kv_cache(image_kv_cache, has_images, attention_mask, past_key_values)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
 
         memory = get_visual_memory(past_key_values)
@@ -228,11 +228,12 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
                 is_text, text_index + past_length, memory, visual_index.shape[1], pack_queries=not wants_attention
             )
         elif memory is not None:  # all of which lies before this pass
-            metadata = CrossAttentionMetadata()
+            attends = mask = None
             if not memory.complete:
                 present = memory.positions.to(inputs_embeds.device) != NO_POSITION
                 attends = present.any(dim=1)[:, None, None]
-                metadata = CrossAttentionMetadata(None, attends, (present[:, None] | ~attends)[:, None])
+                mask = (present[:, None] | ~attends)[:, None]
+            metadata = CrossAttentionMetadata(attends=attends, mask=mask)
 
         kwargs |= {"visual_embeds": visual_embeds, "visual_memory": memory, "cross_attention_metadata": metadata}
         if skip:
