@@ -215,11 +215,12 @@ def _branches(diagnostics: dict[str, Any], styles: Styles) -> Figure | None:
         shares = [summary["injected"][str(n)]["mean"] / summary["residual"][n]["mean"] for n in layers]
         x = [n + (k - (len(with_branches) - 1) / 2) * width for n in layers]
         colour, marker = styles[name]
-        ax.bar(x, shares, width=0.9 * width, color=colour)
+        ax.vlines(x, 0, shares, color=colour, linewidth=3)
         ax.plot(x, shares, color=colour, linestyle="none", marker=marker)
         ffn = [summary["ffn"][n]["mean"] / summary["residual"][n]["mean"] for n in layers]
         ax.plot(x, ffn, color=QUIET, linestyle="none", marker="_", markersize=14, markeredgewidth=3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_title("Size of what branches add (gray: the FFN)")
     ax.set_xlabel("decoder layer")
