@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": Command("pvm.checkpoints.inspect", "show what a checkpoint is, here or on the Hub, and what is wrong"),
     "convert": Command("pvm.checkpoints.convert", "convert a checkpoint: whole, adapter, the authors' form"),
     "card": Command("pvm.evaluation.card", "put the results of evaluations into a model card"),
+    "zoo": Command("pvm.checkpoints.zoo", "a table of checkpoints, from their cards and records"),
     "app": Command("pvm.app.command", "ask checkpoints in the browser, and see what each token saw of the image"),
     "serve": Command("pvm.serve", "serve a checkpoint with an OpenAI-compatible API, by transformers' own server"),
 }
