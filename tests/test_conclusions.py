@@ -195,14 +195,20 @@ def test_an_image_that_only_some_groups_need_elsewhere():
     [
         (
             {"base": share(0.9, 0.1), "PVM": share(0.9, 0.6)},
-            "With more text after the image, PVM answers worse, but 4,000 tokens after it better than base",
+            "With more text after the image, PVM answers worse; 4,000 tokens after it PVM is better than base",
             "10 tokens after it 90.0% are right, 4,000 tokens after it 60.0% (-30.0 [-40.8, -18.3]); "
             "base 90.0% and 10.0%; PVM is better than base at 500 to 4,000 tokens",
         ),
         (
             {"base": share(0.9, 0.8), "PVM": share(0.9, 0.2)},
-            "With more text after the image, PVM answers worse, and 4,000 tokens after it worse than base",
+            "With more text after the image, PVM answers worse; 4,000 tokens after it PVM is worse than base",
             "PVM is worse than base at 500 to 4,000 tokens",
+        ),
+        (
+            {"base": lambda row, _, distance: distance == 500, "PVM": lambda row, _, distance: distance != 500},
+            "Whether more text after the image changes how well PVM answers cannot be told; 4,000 tokens after it "
+            "PVM is better than base",
+            "PVM is better than base at 10, 4,000 tokens and worse than base at 500 tokens",
         ),
         (
             {"base": share(0.1, 0.1), "PVM": share(0.9, 0.1)},
@@ -211,8 +217,8 @@ def test_an_image_that_only_some_groups_need_elsewhere():
         ),
         (
             {"base": share(0.2), "PVM": share(0.8)},
-            "Whether more text after the image changes how well PVM answers cannot be told, but 4,000 tokens after it "
-            "better than base",
+            "Whether more text after the image changes how well PVM answers cannot be told; 4,000 tokens after it "
+            "PVM is better than base",
             "PVM is better than base at every distance",
         ),
         (

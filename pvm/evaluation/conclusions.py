@@ -5,6 +5,7 @@ Is the method better than its base, and than the best of the other models? Do it
 see? What does more text after the image do? Each claim follows from a difference by the rules of [`effect`].
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -238,8 +239,7 @@ def _more_text(report: dict[str, Any], name: str) -> Sentence:
                 spans = [span for span in compared(report, group, name, other)[axis] if span["n"] >= FEWEST_IN_BIN]
                 effects = [effect(span) for span in spans]
                 if effects[-1] in ("better", "worse"):
-                    conjunction = "and" if effects[-1] == effect(fall) else "but"
-                    claim += f", {conjunction} {bin_label(far)} tokens after it {effects[-1]} than {other}"
+                    claim += f"; {bin_label(far)} tokens after it {name} is {effects[-1]} than {other}"
                 at = [
                     f"{found} than {other} at {_places(spans, effects, found)}"
                     for found in ("better", "worse")
@@ -255,14 +255,10 @@ def _places(spans: Sequence[dict[str, Any]], effects: Sequence[str], wanted: str
     """The bins with an effect: those next to each other as a range."""
     if all(found == wanted for found in effects):
         return "every distance"
-    ranges: list[list[dict[str, Any]]] = []
-    for k, span in enumerate(spans):
-        if effects[k] == wanted:
-            if k and effects[k - 1] == wanted:
-                ranges[-1].append(span)
-            else:
-                ranges.append([span])
     texts = []
-    for first, last in ((part[0], part[-1]) for part in ranges):
-        texts.append(f"{first['low']:,}" + (f" to {last['high']:,}" if last is not first else ""))
+    for found, pairs in itertools.groupby(zip(effects, spans), key=lambda pair: pair[0]):
+        if found == wanted:
+            places = [span for _, span in pairs]
+            whole = {"low": places[0]["low"], "high": places[-1]["high"]}
+            texts.append(bin_label(whole) if len(places) == 1 else f"{whole['low']:,} to {whole['high']:,}")
     return f"{', '.join(texts)} tokens"
