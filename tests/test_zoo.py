@@ -29,6 +29,13 @@ METRIC = EvalResult(
     metric_type="exact_match", metric_name="exact match, n = 8, 95 % interval 0.400 to 0.600", metric_value=0.5,
 )  # fmt: skip
 
+CARD = """---
+model-index:
+- name: a
+  results: [{{task: {{type: a}}, dataset: {{type: a, name: a}}, metrics: [{{type: accuracy, value: {value}}}]}}]
+---
+"""
+
 
 def write(folder: Path, record: dict | None = SFT, results: list[Results] = (), **pvm_fields) -> str:
     """A checkpoint's small files."""
@@ -53,7 +60,7 @@ def test_a_row(tmp_path):
         "stages": "SFT: pvm, step 2,800",
         "image dropout": "with, 0.5",
         "data": "org/data",
-        "results": "<br>".join(["digits (test), exact match, n = 8, 95 % interval 0.400 to 0.600: **0.5**"] * 2),
+        "results": "<br>".join(["digits, test, exact match, n = 8, 95 % interval 0.400 to 0.600: **0.5**"] * 2),
     }
 
 
@@ -67,6 +74,12 @@ def test_other_trainings(tmp_path):
     found = columns(write(tmp_path / "no_record", None, pvm_training={**SFT, "image_dropout": 1.0, "step": 7}))
     assert (found["stages"], found["image dropout"], found["data"]) == ("SFT: pvm, step 7", "with, 1", "not recorded")
     assert columns(write(tmp_path / "unknown", None))["stages"] == "not recorded"
+
+
+def test_a_card_of_others(tmp_path):
+    name = write(tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text(CARD.format(value=71.25))
+    assert columns(name)["results"] == "a, accuracy: **71.25**"
 
 
 def test_names_stay_in_their_cells(tmp_path):
@@ -108,6 +121,7 @@ def test_the_page_of_the_documentation():
         ("config.json", "", "is not valid JSON"),
         ("README.md", "---\nmodel-index: [1]\n---\n", "is not a model card"),
         ("README.md", "---\n{\n---\n", "is not a model card"),
+        ("README.md", CARD.format(value="[1]"), "is not a model card"),
     ],
 )
 def test_damaged_files(tmp_path, file, content, says):

@@ -98,11 +98,11 @@ def _results(files: Files) -> list[str]:
     try:
         with files.open(CARD) as file:
             card = ModelCard(file.read(LARGEST_JSON).decode())
-        results = card.data.eval_results or []
-        return [
-            _cell(f"{result.dataset_name} ({result.dataset_split}), {result.metric_name}: **{result.metric_value}**")
-            for result in results
-        ]
+        lines = []
+        for result in card.data.eval_results or []:
+            about = (result.dataset_name, result.dataset_split, result.metric_name or result.metric_type)
+            lines.append(_cell(f"{', '.join(filter(None, about))}: **{float(result.metric_value):g}**"))
+        return lines
     except Exception as error:
         raise UserError(f"{files.name}/{CARD} is not a model card: {reason(error)}.") from error
 
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     output = args.output
-    if output is not None and output.exists() and not output.read_text(encoding="utf-8").startswith(f"{TITLE}\n"):
+    if output is not None and output.exists() and not output.read_bytes().startswith(f"{TITLE}\n".encode()):
         raise UserError(f"{output} is not a page of this command, and would be overwritten. Choose another --output.")
     page = zoo_page([zoo_row(name) for name in tqdm(args.checkpoint, unit="checkpoint", leave=False, disable=None)])
     if output is None:
