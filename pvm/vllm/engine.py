@@ -174,7 +174,7 @@ def find_lora(name: str, subfolder: str | None) -> tuple[LoRARequest, dict[str, 
     weights = cached_file(filename=PEFT_WEIGHTS_NAME, **places)
     with safe_open(weights, "pt") as file:
         parameters = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())
-    rank = max(config.r, *config.rank_pattern.values())
+    rank = max([config.r, *config.rank_pattern.values()])
     options = {"enable_lora": True, "max_lora_rank": min(size for size in get_args(MaxLoRARanks) if size >= rank)}
     return LoRARequest("adapter", 1, str(Path(weights).parent)), options, parameters
 
