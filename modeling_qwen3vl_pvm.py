@@ -342,17 +342,18 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         input_ids = args[0] if args else kwargs.get("input_ids")
         # An empty dict of encoder outputs means no images: generate() of transformers 5.23 passes it.
         has_images = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
-        has_grids = given & {"image_grid_thw", "video_grid_thw"}
-        if has_grids and get_visual_memory(kwargs.get("past_key_values")) is not None:  # grids of all images so far?
-            has_grids = bool(self.token_types(input_ids, kwargs.get("inputs_embeds")).any())
-        has_places = has_grids or ("mm_token_type_ids" in given and kwargs["mm_token_type_ids"].any())
-        if not has_images and ("inputs_embeds" in given or (has_grids and "position_ids" not in given)) and has_places:
-            raise ValueError(
-                "Positions or grids of images came without `pixel_values`, so the branches cannot know where images "
-                "are. Pass `pixel_values` and placeholders, or neither; for `inputs_embeds` with images already "
-                "merged in, call the decoder: `model.model.language_model(inputs_embeds=..., visual_pos_masks=..., "
-                "position_ids=..., deepstack_visual_embeds=...)`."
-            )
+        if not has_images and ("inputs_embeds" in given or "position_ids" not in given):
+            has_grids = given & {"image_grid_thw", "video_grid_thw"}
+            if has_grids and get_visual_memory(kwargs.get("past_key_values")) is not None:  # of all images so far?
+                has_grids = self.token_types(input_ids, kwargs.get("inputs_embeds")).any()
+            types = kwargs.get("mm_token_type_ids") if "inputs_embeds" in given else None
+            if has_grids or (types is not None and types.any()):
+                raise ValueError(
+                    "Positions or grids of images came without `pixel_values`, so the branches cannot know where "
+                    "images are. Pass `pixel_values` and placeholders, or neither; for `inputs_embeds` with images "
+                    "already merged in, call the decoder: `model.model.language_model(inputs_embeds=..., "
+                    "visual_pos_masks=..., position_ids=..., deepstack_visual_embeds=...)`."
+                )
         if has_images and "position_ids" not in given:
             # Found now, because merging images into embeddings hides the placeholders.
             kwargs["mm_token_type_ids"] = self.token_types(input_ids, kwargs.get("inputs_embeds"))

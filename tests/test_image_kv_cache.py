@@ -162,10 +162,8 @@ def test_generate(model, rows, mode, way):
     batch = tiny.inputs(*BATCHES[rows])
     if way == "prompt lookup" and len(batch["input_ids"]) > 1:
         batch = tiny.inputs(BATCHES[rows][0])
-    if way == "chunks" and (rows != "text only" and not splits_encoded_images()):
-        with pytest.raises(ValueError, match="[Cc]hunk|match"):
-            run_generate(model, batch, image_kv_cache=mode, **WAYS[way])
-        return
+    if way == "chunks" and not reads_in_chunks():
+        pytest.skip("nor can the stock model of this version of transformers")
     torch.manual_seed(0)
     output = run_generate(model, batch, image_kv_cache=mode, **WAYS[way])
     length = batch["input_ids"].shape[1]
@@ -184,8 +182,8 @@ def test_generate(model, rows, mode, way):
         assert columns(output.past_key_values)[0] < length + NEW_TOKENS - 1
 
 
-def splits_encoded_images() -> bool:
-    """Whether generate() can split a prompt with images into chunks."""
+def reads_in_chunks() -> bool:
+    """Whether generate() can read a prompt in chunks."""
     return Version(transformers.__version__) >= Version("5.20")
 
 

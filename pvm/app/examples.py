@@ -23,7 +23,7 @@ def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
     made = []
     for title, filler, cells in (
         ("One cell, 256 words later", 256, [6]),
-        ("One cell, 512 words later", 512, [10]),
+        ("One cell, 1,024 words later", 1024, [10]),
         ("One cell, at once", 0, [13]),
         ("Read the board aloud", 0, range(16)),
     ):
