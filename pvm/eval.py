@@ -39,10 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
     models = check_arguments(args)
     if benchmarks.tasks:
         refuse_flags(args, WITH_TASKS, "is about a data set, and does nothing with --tasks")
-        shared = {name: vars(args)[name] for name in ("dtype", "max_samples", "max_new_tokens", "overwrite")}
+        names = ("backend", "dtype", "max_samples", "max_new_tokens", "overwrite")
+        shared = {name: vars(args)[name] for name in names}
+        shared["batch_size"] = args.batch_size or (256 if args.backend == "vllm" else 1)
         paths = {model.label: model.path for model in models}
         with locked(Path(args.output_dir)):
-            run_benchmarks(paths, benchmarks, Path(args.output_dir), batch_size=args.batch_size or 1, **shared)
+            run_benchmarks(paths, benchmarks, Path(args.output_dir), **shared)
         return
     refuse_flags(benchmarks, (), "does nothing without --tasks")
     if args.dataset_name is None:

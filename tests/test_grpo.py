@@ -28,9 +28,10 @@ from pvm.evaluation import card as card_module
 from pvm.rl import trainer as trainer_module
 from pvm.rl.policy import PolicyArguments, load_policy
 from pvm.rl.rewards import format_reward, load_rewards
-from pvm.rl.rollouts import SampledLogProbs, collapsed
+from pvm.rl.rollouts import SampledLogProbs
 from pvm.rl.trainer import GRPOArguments
 from pvm.training.saving import MASTER_WEIGHTS
+from pvm.vllm.placeholders import collapsed
 from training import ROOT, run, weights
 
 

@@ -116,8 +116,8 @@ class EvalArguments:
     batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows that are answered together; 32 by default, 1 with --tasks. With `--backend vllm` the most, "
-            "which it chooses by default."
+            "help": "Rows that are answered together; 32 by default, 1 with --tasks. With `--backend vllm` the most; "
+            "by default it chooses, and 256 with --tasks."
         },
     )
     max_new_tokens: int | None = field(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from importlib.metadata import version
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # an extra
 
 
 MAX_GROUPS = 8
+PACKAGES = ("torch", "transformers", "peft", "datasets", "evaluate")
 UNFINISHED = "unfinished"  # folder in output_dir
 REPORT_FILES = ("report.json", "report.md", "report.html", "report.png", "diagnostics.json")
 
@@ -152,9 +154,8 @@ def write_report(
     write_atomically(output_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def versions(backend: str) -> dict[str, str]:
+def versions(backend: str, packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Of the packages on which the numbers depend."""
-    packages = ("torch", "transformers", "peft", "datasets", "evaluate")
     found = {"python": platform.python_version(), **{package: version(package) for package in packages}}
     if backend == "vllm":
         import vllm  # whose package has other names, too

@@ -55,18 +55,25 @@ class Qwen3VLPVM(Qwen3_VL):
                 "qwen3_vl_pvm runs in one process, with its model on all visible GPUs. To use GPUs separately, run a "
                 "command for each with CUDA_VISIBLE_DEVICES."
             )
-        self.checkpoint = load_checkpoint(pretrained, dtype)
+        self.load(pretrained, dtype, batch_size)
         self.processor = self.checkpoint.processor
         self._tokenizer = self.processor.tokenizer
-        self._config = self.model.config
-        self._device = self.model.device
-        self.device_map = str(self.model.device)  # the parent moves inputs there
         self.batch_size_per_gpu = int(batch_size)
         self.use_cache = use_cache
         self.min_pixels, self.max_pixels, self.total_pixels = min_pixels, max_pixels, total_pixels
         self.max_num_frames, self.fps = max_num_frames, fps
         self.system_prompt = system_prompt
         self.enable_thinking = enable_thinking
+
+    def load(self, pretrained: str, dtype: str, batch_size: int | str) -> None:
+        """Set `checkpoint`, and what the parent's `generate_until` needs of it."""
+        self.checkpoint = load_checkpoint(pretrained, dtype)
+        self._config = self.model.config
+        self._device = self.model.device
+        self.device_map = str(self.model.device)  # the parent moves inputs there
+
+    def close(self) -> None:
+        """Nothing: the memory of a model is that of its object."""
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:

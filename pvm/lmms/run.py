@@ -8,11 +8,12 @@ finished runs are kept in the output folder and not repeated.
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
-import platform
 import shutil
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pvm.checkpoints.names import checkpoint_state, public_name
 from pvm.errors import REFUSALS, UserError
 from pvm.evaluation.report import checkpoint_lines
+from pvm.evaluation.run import versions
 from pvm.files import write_atomically
 from pvm.lmms.report import compare, markdown_report, results_table, runs_table
 from pvm.terminal import Terminal
@@ -53,6 +55,7 @@ STAND_INS = {
 # parse. Without a key it silently counts them as wrong (MathVerse) or guesses at random (MMBench).
 JUDGED = ("mmbench_cn_dev_lite", "mmbench_en_dev_lite", "mathverse_testmini_vision_only")
 
+PACKAGES = ("torch", "transformers", "peft", "datasets", "lmms-eval", "qwen-vl-utils")  # the numbers depend on them
 PROMPTS = "qwen3_vl"  # some tasks have prompts by model: all models get those of the stock one
 TOP_P, TOP_K = 0.8, 20  # from the generation config of Qwen3-VL's instruct checkpoints
 # How differences between runs are called that are too long to print.
@@ -221,12 +224,6 @@ def task_fingerprint(folder: str | None) -> str | None:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of the packages on which the numbers depend."""
-    packages = ("torch", "transformers", "peft", "datasets", "lmms-eval", "qwen-vl-utils")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
 def kept_run(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """
     A run that an earlier command finished; `None` if there is none.
@@ -268,7 +265,7 @@ def evaluate(model: "Qwen3VLPVM", task: "Task", settings: Settings, seed: int, f
         task_manager=TaskManager("WARNING", include_defaults=False),  # the task is given: none is looked up
         batch_size=settings.batch_size,
         limit=settings.max_samples,
-        gen_kwargs=settings.generation,
+        gen_kwargs=f"{settings.generation},seed={seed}",  # vLLM takes no other
         bootstrap_iters=0,  # intervals are computed here, for all models and runs together
         random_seed=seed,
         numpy_random_seed=seed,
@@ -297,7 +294,12 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def run_all(
-    models: dict[str, str], tasks: dict[str, "Task"], settings: Settings, flags: BenchmarkArguments, output_dir: Path
+    models: dict[str, str],
+    tasks: dict[str, "Task"],
+    settings: Settings,
+    flags: BenchmarkArguments,
+    output_dir: Path,
+    backend: str,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """
     All runs of all tasks by all models. Finished ones are read, the others made.
@@ -305,9 +307,16 @@ def run_all(
     Returns:
         `dict`: by task and model, the runs in the order of their seeds.
     """
-    from pvm.lmms.model import Qwen3VLPVM
+    if backend == "vllm":
+        from pvm.lmms.vllm import Qwen3VLPVMInVLLM as model_class
+    else:
+        from pvm.lmms.model import Qwen3VLPVM as model_class
 
-    common = {**asdict(settings), "versions": versions(), "task_files": task_fingerprint(flags.task_path)}
+    common = {
+        **asdict(settings),
+        "versions": versions(backend, PACKAGES),
+        "task_files": task_fingerprint(flags.task_path),
+    }
     seeds = range(flags.seed, flags.seed + flags.runs)
     states = {name: checkpoint_state(path) for name, path in models.items()}
     files, keys = {}, {}
@@ -327,13 +336,14 @@ def run_all(
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {task: {name: [] for name in models} for task in tasks}
     for name, path in models.items():
         model = None
-        for task in tasks:
-            for seed in seeds:
+        with ExitStack() as stack:
+            for task, seed in itertools.product(tasks, seeds):
                 which = (name, task, seed)
                 run = kept[which]
                 if run is None:
                     if model is None:
-                        model = Qwen3VLPVM(path, settings.dtype, settings.batch_size)
+                        model = model_class(path, settings.dtype, settings.batch_size)
+                        stack.callback(model.close)
                     Terminal().print(f"{name}: {task}, seed {seed}")
                     made = evaluate(model, tasks[task], settings, seed, files[which].with_suffix(""))
                     description = model.checkpoint.description
@@ -351,6 +361,7 @@ def make_report(
     tasks: dict[str, "Task"],
     settings: Settings,
     flags: BenchmarkArguments,
+    backend: str,
 ) -> dict[str, Any]:
     """The content of lmms.json, from which the tables are made."""
     models = {name: model_runs[0]["model"] for name, model_runs in next(iter(runs.values())).items()}
@@ -365,7 +376,7 @@ def make_report(
         "settings": asdict(settings),
         "generation": settings.generation,
         "seeds": [flags.seed + k for k in range(flags.runs)],
-        "versions": versions(),
+        "versions": versions(backend, PACKAGES),
         "models": [
             {**description, "name": name, "label": name, "ablation": "none"} for name, description in models.items()
         ],
@@ -381,6 +392,7 @@ def run_benchmarks(
     flags: BenchmarkArguments,
     output_dir: Path,
     *,
+    backend: str = "transformers",
     dtype: str = "auto",
     batch_size: int = 1,
     max_samples: int | None = None,
@@ -392,6 +404,7 @@ def run_benchmarks(
 
     Args:
         models (`dict[str, str]`): folder or Hub name of each checkpoint by its name in the report.
+        backend (`str`): what answers, "transformers" or "vllm".
         max_samples (`int`, *optional*): the number of questions of each task, from the first; all by default.
         max_new_tokens (`int`, *optional*): instead of the task's own.
         overwrite (`bool`): repeat finished runs.
@@ -416,8 +429,8 @@ def run_benchmarks(
     tasks = load_tasks(flags)
     if overwrite:
         shutil.rmtree(output_dir / "lmms_runs", ignore_errors=True)
-    runs = run_all(models, tasks, settings, flags, output_dir)
-    report = make_report(runs, tasks, settings, flags)
+    runs = run_all(models, tasks, settings, flags, output_dir, backend)
+    report = make_report(runs, tasks, settings, flags, backend)
     write_json(output_dir / "lmms.json", report)
     (output_dir / "lmms.md").write_text(markdown_report(report), encoding="utf-8")
 

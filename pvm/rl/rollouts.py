@@ -1,6 +1,4 @@
-"""Sampling: the log-probabilities with which tokens are sampled, and image placeholders."""
-
-from itertools import groupby
+"""Sampling: the log-probabilities with which tokens are sampled."""
 
 import torch
 from transformers import LogitsProcessor
@@ -33,8 +31,3 @@ class SampledLogProbs(LogitsProcessor):
     def _keep(self, input_ids: torch.LongTensor) -> None:
         if self._last is not None:
             self._chosen.append(self._last.gather(1, input_ids[:, -1:]).squeeze(1))
-
-
-def collapsed(ids: list[int], placeholder: int) -> list[int]:
-    """A prompt with one placeholder per image, which vLLM expands, in place of one per visual token."""
-    return [id_ for id_, run in groupby(ids) for _ in ((id_,) if id_ == placeholder else run)]

@@ -10,8 +10,9 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
 from pvm.errors import UserError
 from pvm.evaluation.matching import MATCHES
-from pvm.rl.rollouts import SampledLogProbs, collapsed
+from pvm.rl.rollouts import SampledLogProbs
 from pvm.training.trainer import CheckpointingTrainer, PVMTrainingArguments
+from pvm.vllm.placeholders import collapsed
 
 
 try:

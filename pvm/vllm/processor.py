@@ -4,6 +4,8 @@ from itertools import groupby
 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor
 
+from pvm.vllm.placeholders import collapsed
+
 
 class Qwen3VLPVMMultiModalProcessor(Qwen3VLMultiModalProcessor):
     """
@@ -13,8 +15,7 @@ class Qwen3VLPVMMultiModalProcessor(Qwen3VLMultiModalProcessor):
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
         image_token = self.info.get_hf_config().image_token_id
-        runs = [(token, len(list(run))) for token, run in groupby(token_ids)]
-        lengths = [length for token, length in runs if token == image_token]
+        lengths = [len(list(run)) for token, run in groupby(token_ids) if token == image_token]
         if lengths == [len(updates[0].content.full) for updates in mm_prompt_updates.get("image", [])]:
-            token_ids = [token for token, length in runs for _ in range(1 if token == image_token else length)]
+            token_ids = collapsed(token_ids, image_token)
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
