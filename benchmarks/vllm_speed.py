@@ -1,7 +1,8 @@
 """
-Speed in vLLM with branches, as a ratio to stock vLLM with the same shape in the same run. On a CPU:
+Speed in vLLM with branches, as a ratio to stock vLLM with the same shape in the same run. On two CPU cores, small:
 
-    VLLM_CPU_KVCACHE_SPACE=4 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m benchmarks.vllm_speed
+    VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m benchmarks.vllm_speed \\
+        --batch_sizes 1 8 --visual_tokens 64 --new_tokens 32 --runs 3
 
 and on a GPU, with CUDA graphs, which vLLM makes by itself:
 
