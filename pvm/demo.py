@@ -73,7 +73,7 @@ def train_all(console: Terminal, run_command: RunCommand) -> None:
 
     logs = {name: Path("runs", f"{name}.log") for name in CONTROLS}
     console.print(f"The controls train in parallel; their progress is in {' and '.join(map(str, logs.values()))}")
-    with ThreadPoolExecutor(1) as pool:  # with PVM, one training for each of two cores
+    with ThreadPoolExecutor(len(logs)) as pool:
         controls = [pool.submit(start, name, log) for name, log in logs.items()]
         start("digits_pvm", None)
         for control in controls:
