@@ -43,7 +43,7 @@ pipeline: $(INSTALLED) data/digits/test.parquet
 
 study: $(INSTALLED) data/digits/test.parquet data/digits-two/test.parquet
 	$(RUN) -m pvm study --config recipes/digits_study.yaml --jobs 2
-	$(RUN) -m pvm study --config recipes/digits_two_images.yaml --jobs 2
+	$(RUN) -m pvm study --config recipes/digits_study_two_images.yaml --jobs 2
 
 test: $(INSTALLED) $(VLLM_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
