@@ -1,7 +1,7 @@
 # make demo      train, evaluate and draw the embedded default: no GPU, no network after installation
 # make pipeline  both stages on the embedded default, evaluated (docs/recipe.md)
 # make test      run the tests
-# make study     PVM and its controls at five seeds, with reports (docs/study.md): hours, resumable
+# make study     PVM and its controls at several seeds, with reports (docs/study.md): hours, resumable
 # make style     format the code;   make quality: check it
 # make benchmarks  cost beside the stock model, into benchmarks/results/$(MACHINE): half an hour, nothing else running
 # make backbone  train the demo's tiny backbone anew (it ships in assets/)
