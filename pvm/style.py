@@ -44,7 +44,6 @@ PICTURES = {
     "ytick.labelsize": 9,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
-    "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",

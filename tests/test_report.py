@@ -1,11 +1,13 @@
 """Sentences and tables of a report, from made-up records without a model."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
 from pvm.evaluation.page import html_page
+from pvm.evaluation.plots import draw_all
 from pvm.evaluation.report import cautions, findings, markdown_report
 from pvm.evaluation.scoring import Entry, score_all
 from pvm.evaluation.tables import ablation_table, compared, difference_table, length_table, runs_table
@@ -159,3 +161,13 @@ def test_the_page_escapes_html_and_shows_every_table(report, tmp_path):
     assert [part.startswith(" open>") for part in folded] == [True] + [False] * (text.count("\n## ") - 2)
     assert page.count("<table>") == text.count("\n| --- |") and 'src="data:image/png;base64,cGljdHVyZQ=="' in page
     assert json.dumps(report)
+
+
+def test_pictures_of_what_no_font_has(report, tmp_path):
+    """Models write Chinese, which matplotlib's own font cannot draw: no warning for every letter."""
+    by_group = {key: {"\u6307\u5411": report[key]["all"]} for key in ("groups", "comparisons", "lengths_of")}
+    chinese = {**report, **by_group, "diagnostics": {}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = draw_all(chinese, {}, None, tmp_path)
+    assert (tmp_path / files["accuracy"]).is_file()

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
@@ -26,6 +28,7 @@ WIDTH = 8.4  # inches: two panels, legible on a telephone that shows 600 pixels 
 QUESTION_SHOWN = 56  # last characters
 LABEL_WIDTH = 20  # characters, after which a name is wrapped
 LABELS_SHOWN = 54  # characters that fit under a panel
+CJK_FONTS = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei")  # of Linux, macOS and Windows; matplotlib has none
 ATTENTION = LinearSegmentedColormap.from_list("attention", [f"{ORANGE}00", f"{ORANGE}D9"])  # to 85 % opaque
 
 
@@ -48,8 +51,10 @@ def draw_all(
     styles = {
         name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(intact_names(report))
     }
-    files = {}
-    with rc_context(PICTURES):
+    files, fonts = {}, ["sans-serif", *(font for font in CJK_FONTS if font in get_font_names())]
+    with rc_context({**PICTURES, "font.family": fonts}), warnings.catch_warnings():
+        # What no font has, in what a model wrote, is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figures = {
             "accuracy": _accuracy(report, styles),
             "lengths": _lengths(report, styles),
