@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 from transformers.utils import cached_file
 from vllm.config.lora import MaxLoRARanks
 from vllm.lora.request import LoRARequest
+from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind
 
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
@@ -131,7 +132,8 @@ class Engine:
             while engine.get_num_unfinished_requests() < most and (request := next(waiting, None)) is not None:
                 index, (prompt, sampling) = request
                 limits[index], sampling.output_kind = sampling.max_tokens, RequestOutputKind.FINAL_ONLY
-                engine.add_request(str(index), prompt, sampling, lora_request=self.lora)
+                (rendered,) = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)])
+                engine.add_request(str(index), rendered, sampling, lora_request=self.lora)
             if not engine.has_unfinished_requests():
                 return
             for output in engine.step():
