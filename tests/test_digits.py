@@ -58,6 +58,23 @@ def test_after_a_second_board_it_is_the_one_asked_about():
             assert answer == " ".join(world.cell_phrase(cell, labels[cell]) for cell in range(16))
 
 
+def test_some_rows_begin_with_a_long_text_but_none_is_far_from_its_image():
+    """Neighbours in a micro-batch are of about one length."""
+    tokenizer, digits = build_tokenizer(), world.Digits.load("train")
+    before, after, tasks = [], [], []
+    for row in data.train_rows("context", digits, 480, np.random.default_rng(0)):
+        parts = [part for message in row["messages"] for part in message["content"]]
+        image = next(k for k, part in enumerate(parts) if part["type"] == "image")
+        lengths = [0 if part["text"] is None else len(tokenizer(part["text"])["input_ids"]) for part in parts]
+        before.append(sum(lengths[:image]))
+        after.append(sum(lengths[image:]))
+        tasks.append(row["task"])
+    assert max(after) < 480 and 2_000 < max(before) <= data.LONG_TEXT
+    for block in np.reshape(before, (-1, 12)):
+        assert block.min() >= 0.85 * block.max()
+    assert {"name", "cell", "list", "read"} == set(tasks) and 0.05 < tasks.count("name") / 480 < 0.15
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")

@@ -8,11 +8,15 @@
 The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question) and what
 everything is tested on: up to 4,096 tokens from the image, and in answers eight times as long. Questions that need no
 image, at the same distances, tell what is lost of language, and not of sight. In the stage `two` a second board
-follows in the conversation, and every question after it is about that one.
+follows in the conversation, and every question after it is about that one. In the stage `context` a tenth of the
+training rows need no image, and many in the second half begin with a long text: their context is as long as in the
+tests, the distance to the image is not.
 
 The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and
-questions that need none after texts of up to 512 and 4,352 tokens, so that it learns long contexts. Their rows are in
-training order, in blocks of one kind: train on them with `--train_sampling_strategy sequential`.
+questions that need none after texts of up to 512 and 4,352 tokens, so that it learns long contexts.
+
+Rows of these two and of `context` are in training order, in blocks of one kind: train on them with
+`--train_sampling_strategy sequential`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -38,8 +42,10 @@ FEATURES = Features(
 )
 
 
-TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
-BLOCK = 16  # successive rows of one kind, a micro-batch: long and short rows together would be mostly padding
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "context": 3_360, "backbone": 24_000, "long": 1_920}
+# Successive rows of one kind, a micro-batch: long and short rows together would be mostly padding.
+BLOCK = {"context": 12, "backbone": 16, "long": 16}
+LONG_SHARE = 0.4  # of the blocks in the second half of `context`: in the first it takes branches longer to learn
 LIST_BLOCKS = 480  # at the start, so that the backbone first learns where cells are
 LONG_TEXT = 4_352
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
@@ -102,8 +108,15 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
             row = adapt_row(digits, rng)
             yield row if stage == "adapt" else two_row(digits, row, rng)
             continue
-        block, offset = divmod(index, BLOCK)
-        if stage == "backbone":
+        block, offset = divmod(index, BLOCK[stage])
+        if stage == "context":
+            if offset == 0:
+                is_long = 2 * index >= number and rng.random() < LONG_SHARE
+                longest = int(LONG_TEXT ** rng.uniform(0.75, 1)) if is_long else 0
+            needs_image = rng.random() < 0.9
+            row = adapt_row(digits, rng) if needs_image else world.name_row(between(0, 256, rng), 4, rng, digits)
+            yield after_text(row, between(longest * 9 // 10, longest, rng), rng) if longest else row
+        elif stage == "backbone":
             if offset == 0:
                 text_only = block >= LIST_BLOCKS and rng.random() < 0.25
             yield backbone_row(digits, block, text_only, rng)
@@ -111,6 +124,13 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
             if offset == 0:
                 text_only, longest = rng.random() < 0.5, int(LONG_TEXT ** rng.uniform(0.35, 1))
             yield long_row(digits, between(longest * 9 // 10, longest, rng), text_only, rng)
+
+
+def after_text(row: dict, length: int, rng: np.random.Generator) -> dict:
+    """`row`, after `length` tokens of filler."""
+    first, *later = row["messages"]
+    text = {"type": "text", "text": f"{world.filler(length, rng)}\n"}
+    return {**row, "messages": [{**first, "content": [text, *first["content"]]}, *later]}
 
 
 def two_row(digits: world.Digits, row: dict, rng: np.random.Generator) -> dict:
