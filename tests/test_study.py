@@ -138,7 +138,7 @@ def test_after_ctrl_c_no_training_begins(tmp_path):
     def interrupted(command: str, flags: list[str], log: Path | None = None) -> int:
         calls.append(command)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(2)  # until the main thread has seen it, on a busy machine too
         return 1
 
     with pytest.raises(KeyboardInterrupt):
