@@ -173,7 +173,7 @@ EVIL = "import os"
             {"config.json": {"auto_map": {"AutoModel": "../evil.Evil"}}},
             "code outside of this checkpoint: ../evil.Evil",
         ),
-        ({"config.json": {"auto_map": {"AutoModel": "/tmp/evil.Evil"}}}, "code outside of this checkpoint: /tmp/evil"),
+        ({"config.json": {"auto_map": {"AutoModel": "/evil.Evil"}}}, "code outside of this checkpoint: /evil"),
         ({"tokenizer_config.json": {"auto_map": {"A": "me/x--evil.Evil"}}}, "outside of this checkpoint: me/x--evil"),
     ],
 )
