@@ -45,10 +45,11 @@ study: $(INSTALLED) data/digits/test.parquet data/digits-two/test.parquet
 	$(RUN) -m pvm study --config recipes/digits_study.yaml --jobs 2
 	$(RUN) -m pvm study --config recipes/digits_study_two_images.yaml --jobs 2
 
-test: $(INSTALLED) $(VLLM_INSTALLED)
+test:
+	@$(MAKE) --jobs 2 $(INSTALLED) $(VLLM_INSTALLED)
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
-	$(VLLM_VENV)/bin/python -m pytest tests/test_benchmarks.py tests/test_eval_vllm.py tests/test_benchmarks_vllm.py \
-		tests/test_grpo_vllm.py tests/test_vllm.py tests/test_serve.py
+	$(VLLM_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/test_vllm.py tests/test_benchmarks.py \
+		tests/test_eval_vllm.py tests/test_serve.py tests/test_grpo_vllm.py tests/test_benchmarks_vllm.py
 
 style: $(INSTALLED)
 	$(RUN) -m ruff check --fix .

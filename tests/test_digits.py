@@ -46,7 +46,8 @@ def test_the_board_shows_what_the_answer_says():
 def test_after_a_second_board_it_is_the_one_asked_about():
     digits = world.Digits.load("test")
     for row in data.test_rows("two", digits, np.random.default_rng(0), share=24):
-        images = [index for index, message in enumerate(row["messages"]) if message["content"][0]["type"] == "image"]
+        parts = [[part["type"] for part in message["content"]] for message in row["messages"]]
+        images = [index for index, types in enumerate(parts) if "image" in types]
         assert len(row["images"]) == len(images) == 2 and images[0] == 0
         board = np.asarray(row["images"][1].convert("L"))
         shown = board.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 8, 8)
@@ -58,21 +59,28 @@ def test_after_a_second_board_it_is_the_one_asked_about():
             assert answer == " ".join(world.cell_phrase(cell, labels[cell]) for cell in range(16))
 
 
-def test_some_rows_begin_with_a_long_text_but_none_is_far_from_its_image():
+def test_the_backbone_sees_long_texts_but_no_image_far_away():
     """Neighbours in a micro-batch are of about one length."""
     tokenizer, digits = build_tokenizer(), world.Digits.load("train")
-    before, after, tasks = [], [], []
-    for row in data.train_rows("context", digits, 480, np.random.default_rng(0)):
+    before, after = [], []
+    for row in data.train_rows("long", digits, 480, np.random.default_rng(0)):
         parts = [part for message in row["messages"] for part in message["content"]]
-        image = next(k for k, part in enumerate(parts) if part["type"] == "image")
         lengths = [0 if part["text"] is None else len(tokenizer(part["text"])["input_ids"]) for part in parts]
+        image = next((k for k, part in enumerate(parts) if part["type"] == "image"), len(parts))
         before.append(sum(lengths[:image]))
-        after.append(sum(lengths[image:]))
-        tasks.append(row["task"])
-    assert max(after) < 480 and 2_000 < max(before) <= data.LONG_TEXT
-    for block in np.reshape(before, (-1, 12)):
-        assert block.min() >= 0.85 * block.max()
-    assert {"name", "cell", "list", "read"} == set(tasks) and 0.05 < tasks.count("name") / 480 < 0.15
+        after.append(sum(lengths[image:]) if row["task"] != "name" else 0)
+    assert max(after) < 200 and 2_000 < max(before) <= data.LONG_TEXT + 100
+    for block in np.reshape(before, (-1, data.BLOCK)):
+        assert block[block > 0].min() >= 0.8 * block.max() - 100
+
+
+def test_training_rows_are_near_their_image_and_some_need_none():
+    tokenizer, digits = build_tokenizer(), world.Digits.load("train")
+    rows = list(data.train_rows("adapt", digits, 400, np.random.default_rng(0)))
+    texts = [" ".join(part["text"] or "" for turn in row["messages"] for part in turn["content"]) for row in rows]
+    assert max(len(tokenizer(text)["input_ids"]) for text in texts) < 480
+    tasks = [row["task"] for row in rows]
+    assert {"name", "cell", "list", "read"} == set(tasks) and 0.05 < tasks.count("name") / 400 < 0.15
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,16 @@
     python -m pvm.digits.data --output_dir data/digits-backbone --stage backbone
     python -m pvm.digits.data --output_dir data/digits-long --stage long
 
-The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question) and what
-everything is tested on: up to 4,096 tokens from the image, and in answers eight times as long. Questions that need no
-image, at the same distances, tell what is lost of language, and not of sight. In the stage `two` a second board
-follows in the conversation, and every question after it is about that one. In the stage `context` a tenth of the
-training rows need no image, and many in the second half begin with a long text: their context is as long as in the
-tests, the distance to the image is not.
+The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question; a tenth needs no
+image) and what everything is tested on: up to 4,096 tokens from the image, and in answers eight times as long.
+Two controls tell what is lost of language, and not of sight: questions that need no image, at the same distances, and
+questions about a board right after a text as long. In the stage `two` a second board follows in the conversation, and
+every question after it is about that one.
 
-The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and
-questions that need none after texts of up to 512 and 4,352 tokens, so that it learns long contexts.
-
-Rows of these two and of `context` are in training order, in blocks of one kind: train on them with
-`--train_sampling_strategy sequential`.
+The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and, so that
+it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these texts are
+before images, too. Rows are in training order, in blocks of one kind: train on them with `--train_sampling_strategy
+sequential`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -42,15 +40,13 @@ FEATURES = Features(
 )
 
 
-TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "context": 3_360, "backbone": 24_000, "long": 1_920}
-# Successive rows of one kind, a micro-batch: long and short rows together would be mostly padding.
-BLOCK = {"context": 12, "backbone": 16, "long": 16}
-LONG_SHARE = 0.4  # of the blocks in the second half of `context`: in the first it takes branches longer to learn
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
+BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
 LIST_BLOCKS = 480  # at the start, so that the backbone first learns where cells are
 LONG_TEXT = 4_352
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
 TEST_QUESTIONS = 120  # about the board, per filler length, one question a conversation
-TEST_CONTROLS = 24  # that need no image, per filler length
+TEST_CONTROLS = 24  # of each kind, per filler length
 TEST_READS = 64  # whole boards, no filler
 TEST_SPANS = 96  # parts of boards of every length, no filler
 
@@ -70,6 +66,8 @@ def some_cells(most: int, rng: np.random.Generator) -> tuple[int, int]:
 def adapt_row(digits: world.Digits, rng: np.random.Generator) -> dict:
     """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 2 cells read in sentences."""
     length = between(0, 256, rng)
+    if rng.random() < 0.1:
+        return world.name_row(length, 4, rng, digits)
     kind = rng.random()
     if kind < 0.4:
         return world.list_row(digits, length, *some_cells(16, rng), rng)
@@ -94,10 +92,10 @@ def backbone_row(digits: world.Digits, block: int, text_only: bool, rng: np.rand
 
 
 def long_row(digits: world.Digits, length: int, text_only: bool, rng: np.random.Generator) -> dict:
-    """A conversation to train the backbone on last: names after `length` tokens, or questions about a near image."""
+    """A conversation to train the backbone on last: after `length` tokens names, or a board and questions about it."""
     if text_only:
         return world.name_row(length, 8, rng, digits if rng.random() < 0.5 else None)
-    return backbone_row(digits, LIST_BLOCKS, False, rng)
+    return world.after_text(backbone_row(digits, LIST_BLOCKS, False, rng), length, rng)
 
 
 def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Generator) -> Iterator[dict]:
@@ -108,15 +106,8 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
             row = adapt_row(digits, rng)
             yield row if stage == "adapt" else two_row(digits, row, rng)
             continue
-        block, offset = divmod(index, BLOCK[stage])
-        if stage == "context":
-            if offset == 0:
-                is_long = 2 * index >= number and rng.random() < LONG_SHARE
-                longest = int(LONG_TEXT ** rng.uniform(0.75, 1)) if is_long else 0
-            needs_image = rng.random() < 0.9
-            row = adapt_row(digits, rng) if needs_image else world.name_row(between(0, 256, rng), 4, rng, digits)
-            yield after_text(row, between(longest * 9 // 10, longest, rng), rng) if longest else row
-        elif stage == "backbone":
+        block, offset = divmod(index, BLOCK)
+        if stage == "backbone":
             if offset == 0:
                 text_only = block >= LIST_BLOCKS and rng.random() < 0.25
             yield backbone_row(digits, block, text_only, rng)
@@ -124,13 +115,6 @@ def train_rows(stage: str, digits: world.Digits, number: int, rng: np.random.Gen
             if offset == 0:
                 text_only, longest = rng.random() < 0.5, int(LONG_TEXT ** rng.uniform(0.35, 1))
             yield long_row(digits, between(longest * 9 // 10, longest, rng), text_only, rng)
-
-
-def after_text(row: dict, length: int, rng: np.random.Generator) -> dict:
-    """`row`, after `length` tokens of filler."""
-    first, *later = row["messages"]
-    text = {"type": "text", "text": f"{world.filler(length, rng)}\n"}
-    return {**row, "messages": [{**first, "content": [text, *first["content"]]}, *later]}
 
 
 def two_row(digits: world.Digits, row: dict, rng: np.random.Generator) -> dict:
@@ -152,6 +136,7 @@ def test_rows(stage: str, digits: world.Digits, rng: np.random.Generator, share:
             yield world.cell_row(digits, length, 1, rng)
         for _ in range(TEST_CONTROLS // share):
             yield world.name_row(length, 1, rng, digits)
+            yield {**world.after_text(world.cell_row(digits, 0, 1, rng), length, rng), "task": "near"}
     for _ in range(TEST_READS // share):
         yield world.read_row(digits, 0, 0, world.SIDE**2 - 1, rng)
     for _ in range(TEST_SPANS // share):
@@ -167,7 +152,7 @@ def write(output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: i
     output_dir.mkdir(parents=True, exist_ok=True)
     number = TRAIN_ROWS[stage] if number is None else number
     train, test, tested = world.Digits.load("train"), world.Digits.load("test"), TEST_READS + TEST_SPANS
-    tested += len(TEST_FILLERS) * (TEST_QUESTIONS + TEST_CONTROLS)
+    tested += len(TEST_FILLERS) * (TEST_QUESTIONS + 2 * TEST_CONTROLS)
     splits = {
         "train": (number, train_rows(stage, train, number, np.random.default_rng([seed, 0]))),
         "test": (tested, test_rows(stage, test, np.random.default_rng([seed, 1]))),

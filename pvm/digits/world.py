@@ -179,3 +179,10 @@ def name_row(length: int, questions: int, rng: np.random.Generator, digits: Digi
             _assistant(NAMES[cell]),
         ]
     return {"images": images, "messages": messages, "task": "name", "filler": length}
+
+
+def after_text(row: dict, length: int, rng: np.random.Generator) -> dict:
+    """`row`, after `length` tokens of filler."""
+    first, *later = row["messages"]
+    text = {"type": "text", "text": f"{filler(length, rng)}\n"}
+    return {**row, "messages": [{**first, "content": [text, *first["content"]]}, *later], "filler": length}
