@@ -60,7 +60,7 @@ quality: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 
 backbone: $(INSTALLED) data/digits-backbone/train.parquet data/digits-long/train.parquet
-	$(RUN) -m pvm.digits.backbone --output_dir runs/digits_untrained
+	$(RUN) -m pvm.worlds.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
 	$(RUN) train.py --config recipes/digits_backbone_long.yaml $(call resume,runs/digits_backbone_long)
 
@@ -95,10 +95,10 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt requirements-lmms.txt
 	@touch $@
 
 data/digits/test.parquet:
-	$(RUN) -m pvm.digits.data --output_dir data/digits
+	$(RUN) -m pvm.worlds.data --output_dir data/digits
 
 data/digits-backbone/train.parquet data/digits-long/train.parquet data/digits-two/test.parquet: data/digits-%:
-	$(RUN) -m pvm.digits.data --output_dir $(@D) --stage $(*D)
+	$(RUN) -m pvm.worlds.data --output_dir $(@D) --stage $(*D)
 
 runs/digits_pvm/model.pvm.safetensors:
 	$(RUN) train.py --config recipes/digits_pvm.yaml $(call resume,$(@D))

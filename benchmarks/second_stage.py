@@ -19,9 +19,10 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 
 from benchmarks.common import print_table
-from pvm.digits import world
-from pvm.digits.data import FEATURES, some_cells
 from pvm.style import COLOURS
+from pvm.worlds import conversations
+from pvm.worlds.data import FEATURES, some_cells
+from pvm.worlds.digits import Digits
 
 
 ROWS = {"few": 240, "questions": 400, "test": 160}
@@ -46,10 +47,11 @@ def write_rows(folder: Path) -> None:
     """Boards of the training digits for both stages, of unseen ones for the test."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, number) in enumerate(ROWS.items()):
-        digits = world.Digits.load("test" if name == "test" else "train")
+        digits = Digits.load("test" if name == "test" else "train")
         rng = np.random.default_rng([18, seed])
         rows = [
-            world.list_row(digits, int(rng.integers(*FILLER)), *some_cells(CELLS, rng), rng) for _ in range(number)
+            conversations.list_row(digits, int(rng.integers(*FILLER)), *some_cells(CELLS, rng), rng)
+            for _ in range(number)
         ]
         Dataset.from_list(rows, features=FEATURES).to_parquet(folder / f"{name}.parquet")
 

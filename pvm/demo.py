@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pvm.digits.data import write
 from pvm.files import locked
 from pvm.runs import RunCommand, run_command, train
 from pvm.shipped import put_here
 from pvm.terminal import Terminal
+from pvm.worlds.data import write
 
 
 DATA = Path("data/digits")

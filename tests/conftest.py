@@ -9,7 +9,7 @@ from PIL import Image
 
 import pvm  # noqa: F401  before transformers: makes torchvision importable where its compiled operators are missing
 import tiny
-from pvm.digits.backbone import build_backbone
+from pvm.worlds.backbone import build_backbone
 
 
 torch.set_num_threads(1)

@@ -32,10 +32,10 @@ from pvm.app.answers import Question, data_uri, read_upload, write_answer
 from pvm.app.examples import examples
 from pvm.app.space import PACKAGES, write_space
 from pvm.checkpoints.loading import load_checkpoint
-from pvm.digits.world import NAMES
 from pvm.errors import UserError
 from pvm.evaluation.ablations import Ablation, generate_in_two_parts
 from pvm.evaluation.questions import image_distance
+from pvm.worlds.conversations import NAMES
 from training import PVM, ROOT, run
 
 

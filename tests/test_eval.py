@@ -32,7 +32,6 @@ from pvm.checkpoints.loading import load_checkpoint
 from pvm.checkpoints.names import checkpoint_kind
 from pvm.data.encoding import processor_state
 from pvm.data.sources import load_conversations
-from pvm.digits.backbone import build_backbone
 from pvm.errors import UserError
 from pvm.evaluation import questions as questions_module
 from pvm.evaluation.answering import answer, make_batches, read_journal
@@ -42,6 +41,7 @@ from pvm.evaluation.questions import Prompts, read_questions
 from pvm.evaluation.scoring import Entry, score_all
 from pvm.files import locked
 from pvm.training.methods import LORA_TARGETS
+from pvm.worlds.backbone import build_backbone
 
 
 REFERENCE_CASE = Path(__file__).parent / "reference_case"

@@ -20,12 +20,12 @@ vllm = pytest.importorskip("vllm")
 import eval as eval_script  # noqa: E402
 from pvm.checkpoints.loading import load_checkpoint  # noqa: E402
 from pvm.data.sources import load_conversations  # noqa: E402
-from pvm.digits.world import filler  # noqa: E402
 from pvm.errors import UserError  # noqa: E402
 from pvm.evaluation.answering import answer, answer_with_vllm, read_journal  # noqa: E402
 from pvm.evaluation.questions import Prompts  # noqa: E402
 from pvm.training.methods import LORA_TARGETS  # noqa: E402
 from pvm.vllm.engine import Engine  # noqa: E402
+from pvm.worlds.conversations import filler  # noqa: E402
 from test_vllm import BACKBONE, adapter, build, pvm_model, save, tuned  # noqa: E402, F401
 
 

@@ -24,11 +24,11 @@ from transformers.testing_utils import CaptureLogger
 import configuration_qwen3vl_pvm
 from pvm import __version__, demo
 from pvm.__main__ import COMMANDS
-from pvm.digits.data import FEATURES, adapt_row
-from pvm.digits.world import Digits
 from pvm.errors import UserError
 from pvm.shipped import put_here
 from pvm.terminal import Terminal
+from pvm.worlds.data import FEATURES, adapt_row
+from pvm.worlds.digits import Digits
 from training import ROOT
 
 

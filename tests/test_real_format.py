@@ -31,8 +31,8 @@ from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration, pvm_blocks
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.encoding import ConversationEncoder
 from pvm.data.forms import to_conversation
-from pvm.digits.backbone import CHAT_TEMPLATE
 from pvm.errors import UserError
+from pvm.worlds.backbone import CHAT_TEMPLATE
 
 
 IMAGE_TOKEN, VIDEO_TOKEN = 151655, 151656

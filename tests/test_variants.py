@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from pvm.digits.data import FEATURES, adapt_row
-from pvm.digits.world import Digits
+from pvm.worlds.data import FEATURES, adapt_row
+from pvm.worlds.digits import Digits
 
 
 ROOT = Path(__file__).parent.parent

@@ -32,8 +32,8 @@ from transformers.video_utils import VideoMetadata
 
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE, Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
-from pvm.digits.world import filler
 from pvm.training.methods import LORA_TARGETS
+from pvm.worlds.conversations import filler
 
 
 SETTINGS = {

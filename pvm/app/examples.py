@@ -6,8 +6,9 @@ import numpy as np
 
 from pvm.app.answers import data_uri
 from pvm.checkpoints.loading import Checkpoint, load_processor
-from pvm.digits import world
 from pvm.shipped import shipped
+from pvm.worlds import conversations
+from pvm.worlds.digits import Digits
 
 
 def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
@@ -19,7 +20,7 @@ def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
     words = load_processor(str(shipped("assets") / "digits-backbone")).tokenizer.get_vocab()
     if any(checkpoint.processor.tokenizer.get_vocab() != words for checkpoint in checkpoints):
         return []
-    digits, rng = world.Digits.load("test"), np.random.default_rng(0)
+    digits, rng = Digits.load("test"), np.random.default_rng(0)
     made = []
     for title, filler, cells in (
         ("One cell, 256 words later", 256, [6]),
@@ -27,11 +28,11 @@ def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
         ("One cell, at once", 0, [13]),
         ("Read the board aloud", 0, range(16)),
     ):
-        board, labels = digits.board(rng)
-        words = f"{world.filler(filler, rng)}\n" if filler else ""
+        (board,), labels = digits.draw(rng)
+        words = f"{conversations.filler(filler, rng)}\n" if filler else ""
         if len(cells) == 1:
-            question, expected = world.cell_question(cells[0]), str(labels[cells[0]])
+            question, expected = conversations.cell_question(cells[0]), labels[cells[0]]
         else:
-            question, expected = world.read_instruction(cells[0], cells[-1]), " ".join(map(str, labels.values()))
+            question, expected = conversations.read_instruction(cells[0], cells[-1]), " ".join(labels)
         made.append({"title": title, "image": data_uri(board), "text": words + question, "expected": expected})
     return made

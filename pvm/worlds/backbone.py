@@ -1,6 +1,6 @@
 """Builds the untrained tiny backbone: a real Qwen3-VL of 1.3M parameters with a real processor.
 
-    python -m pvm.digits.backbone --output_dir runs/digits_untrained
+    python -m pvm.worlds.backbone --output_dir runs/digits_untrained
 
 train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
 """
@@ -23,7 +23,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from pvm.digits import world
+from pvm.worlds import conversations
 
 
 SPECIAL_TOKENS = (
@@ -69,7 +69,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     tokenizer.normalizer = blank.normalizer
     # `vocab_size` is not reached: pairs are merged until every word of the texts is one token.
     tokenizer.train_from_iterator(
-        world.texts(),
+        conversations.texts(),
         BpeTrainer(
             vocab_size=10_000, min_frequency=1, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
         ),

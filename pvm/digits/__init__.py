@@ -1,1 +1,0 @@
-"""The demo: boards of handwritten digits, and a tiny Qwen3-VL to read them."""

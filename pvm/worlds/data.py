@@ -1,0 +1,195 @@
+"""Writes the data sets of the demo and the study: conversations about pictures of a world, in splits train and test.
+
+    python -m pvm.worlds.data --output_dir data/digits
+    python -m pvm.worlds.data --output_dir data/icons --world icons
+    python -m pvm.worlds.data --output_dir data/digits-two --stage two
+
+The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question; in the second
+half a fifth needs no image) and what everything is tested on: up to 4,096 tokens from the image, and in answers eight
+times as long. Two controls tell what is lost of language, and not of sight: questions that need no image, at the same
+distances, and questions about an image right after a text as long. In the stage `two` another image follows in the
+conversation, and every question after it is about that one.
+
+The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and, so that
+it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these texts are
+before images, too.
+
+Rows are in training order: train on them with `--train_sampling_strategy sequential`.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from tqdm import tqdm
+
+from pvm.worlds.conversations import CELLS, World, after_text, cell_row, list_row, name_row, read_row
+from pvm.worlds.digits import Digits
+from pvm.worlds.icons import Icons
+
+
+FEATURES = Features(
+    {
+        "images": List(Image()),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "task": Value("string"),
+        "filler": Value("int32"),
+    }
+)
+
+
+WORLDS = {"digits": Digits, "icons": Icons}
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
+NAME_SHARE = (
+    0.2  # of rows in the second half: from the start they double the time until branches learn where cells are
+)
+BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
+LONG_TEXT = 4_352
+TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
+TEST_QUESTIONS = 120  # about a cell, per filler length, one question a conversation
+TEST_CONTROLS = 24  # of each kind, per filler length
+TEST_READS = 64  # all cells, no filler
+TEST_SPANS = 96  # cells of every number, no filler
+
+
+def between(low: int, high: int, rng: np.random.Generator) -> int:
+    """A random integer, both ends included."""
+    return int(rng.integers(low, high + 1))
+
+
+def some_cells(most: int, rng: np.random.Generator) -> tuple[int, int]:
+    """The first and the last of 1 to `most` successive cells."""
+    number = between(1, most, rng)
+    first = between(0, len(CELLS) - number, rng)
+    return first, first + number - 1
+
+
+def adapt_row(world: World, needs_image: bool, rng: np.random.Generator) -> dict:
+    """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 2 cells read in sentences."""
+    length = between(0, 256, rng)
+    if not needs_image:
+        return name_row(length, 4, rng, world)
+    kind = rng.random()
+    if kind < 0.4:
+        return list_row(world, length, *some_cells(16, rng), rng)
+    if kind < 0.52:
+        return read_row(world, length, *some_cells(2, rng), rng)
+    return cell_row(world, length, 16, rng)
+
+
+def two_row(world: World, row: dict, rng: np.random.Generator) -> dict:
+    """`row`, after one to four questions about other pictures."""
+    before = cell_row(world, 0, between(1, 4, rng), rng)
+    return {**row, **{key: before[key] + row[key] for key in ("images", "messages")}}
+
+
+def backbone_row(world: World, rng: np.random.Generator, is_text: bool = False) -> dict:
+    """A conversation to train the backbone on: with an image, at most 16 tokens of filler and at most 8 cells read."""
+    length = between(0, 512 if is_text else 16, rng)
+    kind = rng.random()
+    if is_text and kind < 0.5:
+        return name_row(length, 4, rng)
+    if kind < (0.75 if is_text else 0.15):
+        return list_row(world, length, *some_cells(16, rng), rng, is_text)
+    if rng.random() < 0.4:
+        return read_row(world, length, *some_cells(16 if is_text else 8, rng), rng, is_text)
+    return cell_row(world, length, 4, rng, is_text)
+
+
+def first_row(world: World, share: float, rng: np.random.Generator) -> dict | None:
+    """
+    A conversation to train the backbone on first, with `share` of the rows before it: only lists, until it has learned
+    where cells are. From icons of all kinds in all cells it learns neither what they are nor where.
+    """
+    most, is_first = len(CELLS), share < 0.32
+    if isinstance(world, Icons):
+        different = 1 if share < 0.12 else 3 if share < 0.18 else world.different
+        world, most, is_first = replace(world, different=different), 1 if share < 0.12 else most, share < 0.45
+    return list_row(world, between(0, 16, rng), *some_cells(most, rng), rng) if is_first else None
+
+
+def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) -> Iterator[dict]:
+    """The training conversations of a stage, in order."""
+    is_text, longest = False, 0
+    for index in range(number):
+        share, begins = index / number, index % BLOCK == 0
+        if stage in ("adapt", "two"):
+            row = adapt_row(world, share < 0.5 or rng.random() >= NAME_SHARE, rng)
+            yield row if stage == "adapt" else two_row(world, row, rng)
+        elif stage == "backbone":
+            row = first_row(world, share, rng)
+            if begins:  # icons: the backbone of digits, which knows language
+                is_text = row is None and isinstance(world, Digits) and rng.random() < 0.25
+            yield row or backbone_row(world, rng, is_text)
+        else:
+            if begins:
+                is_text, longest = rng.random() < 0.5, int(LONG_TEXT ** rng.uniform(0.35, 1))
+            length = between(longest * 9 // 10, longest, rng)
+            if is_text:
+                yield name_row(length, 8, rng, world if rng.random() < 0.5 else None)
+            else:
+                yield after_text(backbone_row(world, rng), length, rng)
+
+
+def test_rows(stage: str, world: World, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
+    """
+    The test conversations of a stage: questions at every distance, cells of every number read aloud. Of `share` 4, a
+    quarter as many.
+    """
+    if stage == "two":
+        yield from (two_row(world, row, rng) for row in test_rows("adapt", world, rng, share))
+        return
+    for length in TEST_FILLERS:
+        for _ in range(TEST_QUESTIONS // share):
+            yield cell_row(world, length, 1, rng)
+        for _ in range(TEST_CONTROLS // share):
+            yield name_row(length, 1, rng, world)
+            yield {**after_text(cell_row(world, 0, 1, rng), length, rng), "task": "near"}
+    for _ in range(TEST_READS // share):
+        yield read_row(world, 0, CELLS[0], CELLS[-1], rng)
+    for _ in range(TEST_SPANS // share):
+        yield {**read_row(world, 0, *some_cells(len(CELLS), rng), rng), "task": "span"}
+
+
+def write(
+    output_dir: str | Path, stage: str = "adapt", seed: int = 0, number: int | None = None, world: str = "digits"
+) -> None:
+    """
+    Write train.parquet (`number` rows), validation.parquet and test.parquet to `output_dir`; the same arguments give
+    the same rows. Choices are made on the validation set: other pictures of what the training set shows.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    number = TRAIN_ROWS[stage] if number is None else number
+    train, test, tested = WORLDS[world].load("train"), WORLDS[world].load("test"), TEST_READS + TEST_SPANS
+    tested += len(TEST_FILLERS) * (TEST_QUESTIONS + 2 * TEST_CONTROLS)
+    splits = {
+        "train": (number, train_rows(stage, train, number, np.random.default_rng([seed, 0]))),
+        "test": (tested, test_rows(stage, test, np.random.default_rng([seed, 1]))),
+        "validation": (tested // 4, test_rows(stage, train, np.random.default_rng([seed, 2]), share=4)),
+    }
+    for split, (total, rows) in splits.items():
+        made = list(tqdm(rows, total=total, desc=f"{output_dir}/{split}"))
+        Dataset.from_list(made, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder for train.parquet and test.parquet")
+    parser.add_argument("--world", choices=sorted(WORLDS), default="digits", help="what the pictures show")
+    parser.add_argument("--stage", choices=sorted(TRAIN_ROWS), default="adapt", help="which training conversations")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of pictures, texts and questions, not of what is held out"
+    )
+    parser.add_argument("--train_rows", type=int, default=None, help="default: as many as the stage's recipe uses")
+    args = parser.parse_args(arguments)
+    write(args.output_dir, args.stage, args.seed, args.train_rows, args.world)
+
+
+if __name__ == "__main__":
+    main()
