@@ -45,9 +45,7 @@ FEATURES = Features(
 
 WORLDS = {"digits": Digits, "icons": Icons}
 TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
-NAME_SHARE = (
-    0.2  # of rows in the second half: from the start they double the time until branches learn where cells are
-)
+NAME_SHARE = 0.2  # of rows in the second half: from the start, branches need more steps to learn where cells are
 BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
 LONG_TEXT = 4_352
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)

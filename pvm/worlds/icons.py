@@ -1,7 +1,7 @@
 """Icons on crops of a photograph, four pictures in a conversation.
 
-A picture is 32 x 32 pixels with an icon in each quarter: the backbone sees four visual tokens per icon, with parts of the
-background, and has to choose the right one of four pictures. Icons are drawn at random angles, sizes, proportions,
+A picture is 32 x 32 pixels with an icon in each quarter: the backbone sees four visual tokens per icon, with parts of
+the background, and has to choose the right one of four pictures. Icons are drawn at random angles, sizes, proportions,
 colours and places, and their names are among the words of the filler.
 
 Icons are glyphs of DejaVu Sans, which comes with matplotlib (free licence: LICENSE_DEJAVU there). The photographs are
