@@ -147,6 +147,7 @@ def test_rows(stage: str, world: World, rng: np.random.Generator, share: int = 1
             yield cell_row(world, length, 1, rng)
         for _ in range(TEST_CONTROLS // share):
             yield name_row(length, 1, rng, world)
+        for _ in range(TEST_CONTROLS // share):
             yield {**after_text(cell_row(world, 0, 1, rng), length, rng), "task": "near"}
     for _ in range(TEST_READS // share):
         yield read_row(world, 0, CELLS[0], CELLS[-1], rng)
