@@ -97,7 +97,7 @@ def test_the_backbone_sees_long_texts_but_no_image_far_away(world):
         image = next((k for k, part in enumerate(parts) if part["type"] == "image"), len(parts))
         before.append(sum(lengths[:image]))
         after.append(sum(lengths[image:]) if row["task"] != "name" else 0)
-    assert max(after) < 200 and 2_000 < max(before) <= data.LONG_TEXT + 100
+    assert max(after) < 200 and 2_000 < max(before) <= data.LONGEST + 100
     for block in np.reshape(before, (-1, data.BLOCK)):
         assert not block.any() or block[block > 0].min() >= 0.8 * block.max() - 100
 

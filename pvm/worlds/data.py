@@ -10,9 +10,9 @@ times as long. Two controls tell what is lost of language, and not of sight: que
 distances, and questions about an image right after a text as long. In the stage `two` another image follows in the
 conversation, and every question after it is about that one.
 
-The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and, so that
-it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these texts are
-before images, too.
+The stages `backbone`, `long` and `longer` are what the backbone is trained on: images at short distances only, and, so
+that it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these
+texts are before images, too.
 
 Rows are in training order: train on them with `--train_sampling_strategy sequential`.
 """
@@ -44,10 +44,11 @@ FEATURES = Features(
 
 
 WORLDS = {"digits": Digits, "icons": Icons}
-TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920, "longer": 960}
 NAME_SHARE = 0.2  # of rows in the second half: from the start, branches need more steps to learn where cells are
 BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
-LONG_TEXT = 4_352
+LONGEST = 4_352  # tokens of text before the question
+LONG_EXPONENT = {"long": 0.35, "longer": 0.75}  # lengths are log-uniform from this power of the longest on
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
 TEST_QUESTIONS = 120  # about a cell, per filler length, one question a conversation
 TEST_CONTROLS = 24  # of each kind, per filler length
@@ -99,39 +100,63 @@ def backbone_row(world: World, rng: np.random.Generator, is_text: bool = False) 
     return cell_row(world, length, 4, rng, is_text)
 
 
-def first_row(world: World, share: float, rng: np.random.Generator) -> dict | None:
+def long_row(world: World, length: int, is_text: bool, rng: np.random.Generator) -> dict:
+    """A conversation to train the backbone on last: after `length` tokens names, or questions about an image."""
+    if is_text:
+        return name_row(length, 8, rng, world if rng.random() < 0.5 else None)
+    return after_text(backbone_row(world, rng), length, rng)
+
+
+def digits_rows(world: World, number: int, rng: np.random.Generator) -> Iterator[dict]:
+    """What a new backbone is trained on. Only lists at first, until it has learned where cells are."""
+    is_text = False
+    for index in range(number):
+        if index < 0.32 * number:
+            yield list_row(world, between(0, 16, rng), *some_cells(len(CELLS), rng), rng)
+            continue
+        if index % BLOCK == 0:
+            is_text = rng.random() < 0.25
+        yield backbone_row(world, rng, is_text)
+
+
+def icons_rows(world: Icons, number: int, rng: np.random.Generator) -> Iterator[dict]:
     """
-    A conversation to train the backbone on first, with `share` of the rows before it: only lists, until it has learned
-    where cells are. From icons of all kinds in all cells it learns neither what they are nor where.
+    What the backbone of digits, which knows language, is trained on. With icons of one kind in a conversation it
+    learns what they are, with three, where; from all kinds at first it learns neither.
     """
-    most, is_first = len(CELLS), share < 0.32
-    if isinstance(world, Icons):
-        different = 1 if share < 0.12 else 3 if share < 0.18 else world.different
-        world, most, is_first = replace(world, different=different), 1 if share < 0.12 else most, share < 0.45
-    return list_row(world, between(0, 16, rng), *some_cells(most, rng), rng) if is_first else None
+    one, three, lists, near = (int(share * number) for share in (0.08, 0.12, 0.3, 0.9))
+    for index in range(near):
+        if index < one:
+            yield list_row(replace(world, different=1), between(0, 16, rng), *some_cells(1, rng), rng)
+        elif index < lists:
+            some = replace(world, different=3) if index < three else world
+            yield list_row(some, between(0, 16, rng), *some_cells(len(CELLS), rng), rng)
+        else:
+            yield backbone_row(world, rng)
+    yield from long_rows(world, number - near, LONG_EXPONENT["long"], 0.25, rng)
+
+
+def long_rows(
+    world: World, number: int, exponent: float, text_share: float, rng: np.random.Generator
+) -> Iterator[dict]:
+    """`number` of [`long_row`]; the lengths of blocks are log-uniform between LONGEST and this power of it."""
+    is_text, longest = False, 0
+    for index in range(number):
+        if index % BLOCK == 0:
+            is_text, longest = rng.random() < text_share, int(LONGEST ** rng.uniform(exponent, 1))
+        yield long_row(world, between(longest * 9 // 10, longest, rng), is_text, rng)
 
 
 def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) -> Iterator[dict]:
     """The training conversations of a stage, in order."""
-    is_text, longest = False, 0
-    for index in range(number):
-        share, begins = index / number, index % BLOCK == 0
-        if stage in ("adapt", "two"):
-            row = adapt_row(world, share < 0.5 or rng.random() >= NAME_SHARE, rng)
-            yield row if stage == "adapt" else two_row(world, row, rng)
-        elif stage == "backbone":
-            row = first_row(world, share, rng)
-            if begins:  # icons: the backbone of digits, which knows language
-                is_text = row is None and isinstance(world, Digits) and rng.random() < 0.25
-            yield row or backbone_row(world, rng, is_text)
-        else:
-            if begins:
-                is_text, longest = rng.random() < 0.5, int(LONG_TEXT ** rng.uniform(0.35, 1))
-            length = between(longest * 9 // 10, longest, rng)
-            if is_text:
-                yield name_row(length, 8, rng, world if rng.random() < 0.5 else None)
-            else:
-                yield after_text(backbone_row(world, rng), length, rng)
+    if stage == "backbone":
+        yield from (icons_rows if isinstance(world, Icons) else digits_rows)(world, number, rng)
+    elif stage in LONG_EXPONENT:
+        yield from long_rows(world, number, LONG_EXPONENT[stage], 0.5, rng)
+    else:
+        for index in range(number):
+            row = adapt_row(world, 2 * index < number or rng.random() >= NAME_SHARE, rng)
+            yield two_row(world, row, rng) if stage == "two" else row
 
 
 def test_rows(stage: str, world: World, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
