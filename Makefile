@@ -59,12 +59,10 @@ quality: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-backbone: $(INSTALLED) $(patsubst %,data/digits-%/train.parquet,backbone long longer)
+backbone: $(INSTALLED) data/digits-backbone/train.parquet data/digits-long/train.parquet
 	$(RUN) -m pvm.worlds.backbone --output_dir runs/digits_untrained
 	$(RUN) train.py --config recipes/digits_backbone.yaml $(call resume,runs/digits_backbone)
 	$(RUN) train.py --config recipes/digits_backbone_long.yaml $(call resume,runs/digits_backbone_long)
-	$(RUN) train.py --config recipes/digits_backbone_long.yaml --model_name_or_path runs/digits_backbone_long \
-		--dataset_name data/digits-longer --output_dir runs/digits_backbone_longer $(call resume,runs/digits_backbone_longer)
 
 MACHINE ?= this-machine
 RESULTS = benchmarks/results/$(MACHINE)
@@ -99,8 +97,7 @@ $(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt requirements-lmms.txt
 data/digits/test.parquet:
 	$(RUN) -m pvm.worlds.data --output_dir data/digits
 
-data/digits-backbone/train.parquet data/digits-long/train.parquet data/digits-longer/train.parquet \
-data/digits-two/test.parquet: data/digits-%:
+data/digits-backbone/train.parquet data/digits-long/train.parquet data/digits-two/test.parquet: data/digits-%:
 	$(RUN) -m pvm.worlds.data --output_dir $(@D) --stage $(*D)
 
 runs/digits_pvm/model.pvm.safetensors:

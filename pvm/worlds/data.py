@@ -10,9 +10,9 @@ times as long. Two controls tell what is lost of language, and not of sight: que
 distances, and questions about an image right after a text as long. In the stage `two` another image follows in the
 conversation, and every question after it is about that one.
 
-The stages `backbone`, `long` and `longer` are what the backbone is trained on: images at short distances only, and, so
-that it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these
-texts are before images, too.
+The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and, so that
+it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these texts are
+before images, too.
 
 Rows are in training order: train on them with `--train_sampling_strategy sequential`.
 """
@@ -44,11 +44,11 @@ FEATURES = Features(
 
 
 WORLDS = {"digits": Digits, "icons": Icons}
-TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920, "longer": 960}
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
 NAME_SHARE = 0.2  # of rows in the second half: from the start, branches need more steps to learn where cells are
 BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
 LONGEST = 4_352  # tokens of text before the question
-LONG_EXPONENT = {"long": 0.35, "longer": 0.75}  # lengths are log-uniform from this power of the longest on
+SHORT_EXPONENT = 0.35  # lengths of long texts are log-uniform between LONGEST to this power and LONGEST
 TEST_FILLERS = (0, 64, 256, 512, 1024, 2048, 4096)
 TEST_QUESTIONS = 120  # about a cell, per filler length, one question a conversation
 TEST_CONTROLS = 24  # of each kind, per filler length
@@ -133,17 +133,15 @@ def icons_rows(world: Icons, number: int, rng: np.random.Generator) -> Iterator[
             yield list_row(some, between(0, 16, rng), *some_cells(len(CELLS), rng), rng)
         else:
             yield backbone_row(world, rng)
-    yield from long_rows(world, number - near, LONG_EXPONENT["long"], 0.25, rng)
+    yield from long_rows(world, number - near, 0.25, rng)
 
 
-def long_rows(
-    world: World, number: int, exponent: float, text_share: float, rng: np.random.Generator
-) -> Iterator[dict]:
-    """`number` of [`long_row`]; the lengths of blocks are log-uniform between LONGEST and this power of it."""
+def long_rows(world: World, number: int, text_share: float, rng: np.random.Generator) -> Iterator[dict]:
+    """`number` of [`long_row`], in blocks of about one length."""
     is_text, longest = False, 0
     for index in range(number):
         if index % BLOCK == 0:
-            is_text, longest = rng.random() < text_share, int(LONGEST ** rng.uniform(exponent, 1))
+            is_text, longest = rng.random() < text_share, int(LONGEST ** rng.uniform(SHORT_EXPONENT, 1))
         yield long_row(world, between(longest * 9 // 10, longest, rng), is_text, rng)
 
 
@@ -151,8 +149,8 @@ def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) 
     """The training conversations of a stage, in order."""
     if stage == "backbone":
         yield from (icons_rows if isinstance(world, Icons) else digits_rows)(world, number, rng)
-    elif stage in LONG_EXPONENT:
-        yield from long_rows(world, number, LONG_EXPONENT[stage], 0.5, rng)
+    elif stage == "long":
+        yield from long_rows(world, number, 0.5, rng)
     else:
         for index in range(number):
             row = adapt_row(world, 2 * index < number or rng.random() >= NAME_SHARE, rng)
