@@ -195,7 +195,7 @@ def test_invalid_recipes(tmp_path, changes, sentence):
         Study.load(str(tmp_path / "nothing.yaml"))
 
 
-@pytest.mark.parametrize("recipe", ["digits_study", "digits_study_two_images"])
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*_study*.yaml")))
 def test_the_recipes_are_valid_and_fair(recipe):
     """All flags parse, shared settings are shared, and every method with a choice of learning rates has as many."""
     study = Study.load(str(ROOT / "recipes" / f"{recipe}.yaml"))

@@ -13,9 +13,9 @@ from pvm.checkpoints.loading import load_checkpoint
 from pvm.data.encoding import ConversationCollator, ConversationDataset
 from pvm.data.sources import Conversations
 from pvm.worlds import conversations, data
-from pvm.worlds.backbone import build_tokenizer
+from pvm.worlds.backbone import CHAT_TEMPLATE, build_tokenizer
 from pvm.worlds.digits import PIXELS, SIDE, Digits
-from pvm.worlds.icons import NAMES, Icons
+from pvm.worlds.icons import DRAWINGS, KINDS, Icons
 
 
 BACKBONE = Path(__file__).parent.parent / "assets" / "digits-backbone"
@@ -32,6 +32,7 @@ def test_every_word_is_one_token():
     filler = conversations.filler(50, np.random.default_rng(0))
     assert len(tokenizer(filler)["input_ids"]) == 50
     assert len(tokenizer(conversations.cell_question(3))["input_ids"]) == 3
+    assert set(KINDS) <= set(conversations.FILLER_WORDS)
 
 
 def digits_of(board: Image.Image, unseen: Digits) -> list[str]:
@@ -62,52 +63,57 @@ def test_after_a_second_board_it_is_the_one_asked_about():
         if row["task"] in ("cell", "near"):
             assert answer == shown[conversations.NAMES.index(question.rpartition(" ")[2].rstrip("?"))]
         elif row["task"] == "read":
-            assert answer == " ".join(map(conversations.cell_phrase, range(16), shown))
+            assert answer == " ".join(conversations.cell_phrase(cell, shown[cell], "digit") for cell in range(16))
 
 
-def test_icons_of_train_and_test_are_disjoint_and_where_their_names_say():
-    """Pictures of one kind of icon have one name, four pictures of four icons sixteen."""
+def test_icons_of_train_and_test_are_disjoint():
     train, test = Icons.load("train"), Icons.load("test")
     assert not np.array_equal(train.photograph, test.photograph)
     for seen, unseen in zip(train.drawings, test.drawings):
         known = {(drawing.size, drawing.tobytes()) for drawing in seen}
         assert known.isdisjoint((drawing.size, drawing.tobytes()) for drawing in unseen)
-    pictures, names = test.draw(np.random.default_rng(0))
-    assert len(pictures) == 4 and len(names) == 16 and set(names) <= set(NAMES)
-    one, name = replace(test, different=1).draw(np.random.default_rng(0))
-    assert len(set(name)) == 1
-    for picture in one:
-        pixels = np.asarray(picture)
-        for top, left in ((0, 0), (0, 16), (16, 0), (16, 16)):
-            assert pixels[top : top + 16, left : left + 16].max() >= 150, "brighter than the photograph"
 
 
-def parts_of(row: dict) -> list[dict]:
-    return [part for message in row["messages"] for part in message["content"]]
+def test_icons_are_where_their_names_say():
+    """Each kind is drawn as a square whose size tells it, brighter than any photograph."""
+    squares = [[Image.new("L", (k + 1, k + 1), 255)] * DRAWINGS for k in range(len(KINDS))]
+    pictures, names = replace(Icons.load("test"), drawings=squares).draw(np.random.default_rng(0))
+    assert len(pictures) == 4 and len(names) == 16
+    quarters = [np.asarray(picture).reshape(2, 16, 2, 16, 3).swapaxes(1, 2).reshape(4, -1, 3) for picture in pictures]
+    areas = [(quarter.min(axis=-1) >= 160).sum() for quarter in np.concatenate(quarters)]
+    assert areas == [(KINDS.index(name) + 1) ** 2 for name in names]
+    assert len(set(replace(Icons.load("test"), different=1).draw(np.random.default_rng(0))[1])) == 1
+
+
+def pieces(row: dict, tokenizer) -> list[int]:
+    """The tokens between pictures, with those of the format, from the first to the end."""
+    blank = [
+        {"role": message["role"], "content": [{k: v for k, v in part.items() if v} for part in message["content"]]}
+        for message in row["messages"]
+    ]
+    text = tokenizer.apply_chat_template(blank, chat_template=CHAT_TEMPLATE, tokenize=False)
+    return [len(tokenizer(piece)["input_ids"]) for piece in text.split("<|image_pad|>")]
 
 
 @pytest.mark.parametrize("world", [Digits, Icons])
-def test_the_backbone_sees_long_texts_but_no_image_far_away(world):
+def test_the_backbone_sees_long_texts_but_is_asked_about_near_images_only(world):
     """Neighbours in a micro-batch are of about one length."""
-    tokenizer = build_tokenizer()
-    before, after = [], []
-    for row in data.train_rows("long", world.load("train"), 480, np.random.default_rng(0)):
-        parts = parts_of(row)
-        lengths = [0 if part["text"] is None else len(tokenizer(part["text"])["input_ids"]) for part in parts]
-        image = next((k for k, part in enumerate(parts) if part["type"] == "image"), len(parts))
-        before.append(sum(lengths[:image]))
-        after.append(sum(lengths[image:]) if row["task"] != "name" else 0)
-    assert max(after) < 200 and 2_000 < max(before) <= data.LONGEST + 100
-    for block in np.reshape(before, (-1, data.BLOCK)):
-        assert not block.any() or block[block > 0].min() >= 0.8 * block.max() - 100
+    tokenizer, lengths, after = build_tokenizer(), [], []
+    for row in data.train_rows("long", world.load("train"), 320, np.random.default_rng(0)):
+        tokens = pieces(row, tokenizer)
+        lengths.append(sum(tokens))
+        if row["task"] != "name":
+            after.append(tokens[-1])
+    assert max(after) < 130 and 2_000 < max(lengths) <= data.LONGEST + 130
+    for block in np.reshape(lengths, (-1, data.BLOCK)):
+        assert block.min() >= 0.9 * (block.max() - 130)
 
 
 @pytest.mark.parametrize("world", [Digits, Icons])
 def test_training_rows_are_near_their_image_and_some_need_none(world):
     tokenizer = build_tokenizer()
     rows = list(data.train_rows("adapt", world.load("train"), 400, np.random.default_rng(0)))
-    texts = [" ".join(part["text"] or "" for part in parts_of(row)) for row in rows]
-    assert max(len(tokenizer(text)["input_ids"]) for text in texts) < 480
+    assert max(pieces(row, tokenizer)[-1] for row in rows) <= 480
     tasks = [row["task"] for row in rows]
     assert {"cell", "list", "read"} == set(tasks[:200]) and {"name", "cell", "list", "read"} == set(tasks[200:])
     assert 20 < tasks.count("name") < 60

@@ -2,7 +2,7 @@
 
     python -m pvm.worlds.backbone --output_dir runs/digits_untrained
 
-train.py with `--method full` trains it; the result is what ships in assets/digits-backbone.
+`make backbone` trains it, in two parts; a copy of the result ships in assets/digits-backbone.
 """
 
 import json
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer class and pre-tokenizer, trained on the words of the world: one token per word, else bytes."""
+    """Qwen's tokenizer class and pre-tokenizer, trained on the digits' world: one token per word, else bytes."""
     blank = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = blank.pre_tokenizer

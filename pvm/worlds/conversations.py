@@ -1,9 +1,10 @@
 """Conversations about the pictures of a world, in which each of 16 cells shows something.
 
-Cells have names, alpha to papa, not numbers, because every digit in an answer is scored.
+Cells have names, alpha to papa, not numbers: every digit in an answer about digits is scored.
 
 - `cell`: after some tokens of unrelated text, "Cell golf?" -> "7". Varies the distance from the image.
 - `read`: "Read alpha to papa." -> a fixed phrase for each of these cells. Varies the depth in the answer.
+- `list`: as `read`, in short; only to train on.
 - `name`: "Name golf." -> "golf", for which no image is needed.
 """
 
@@ -16,7 +17,7 @@ from PIL import Image
 NAMES = tuple(
     """alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa""".split()
 )
-CELLS = range(len(NAMES))
+CELLS = range(len(NAMES))  # of a board row by row, of several pictures one after the other
 
 FILLER_WORDS = tuple(
     """apple barn bell bird boat book bread bridge brook candle castle chair cheese church cloud coast coffee copper
@@ -60,11 +61,11 @@ def cell_question(cell: int) -> str:
 
 
 def name_instruction(cell: int) -> str:
-    """The text that asks to repeat a name, for which no board is needed."""
+    """The text that asks to repeat a name, for which no image is needed."""
     return f"Name {NAMES[cell]}."
 
 
-def cell_phrase(cell: int, content: str, noun: str = "digit") -> str:
+def cell_phrase(cell: int, content: str, noun: str) -> str:
     """How a cell is read aloud: 9 tokens if it is a digit, the digit second to last."""
     return f"The {noun} in cell {NAMES[cell]} is {content}."
 
@@ -75,7 +76,10 @@ def texts() -> list[str]:
         "user\nassistant\nsystem\n",
         " ".join(str(digit) for digit in range(10)),
         *(f"{word} {word}" for word in FILLER_WORDS),
-        *(f"{cell_question(cell)} {cell_phrase(cell, '0')} {cell_phrase(cell, '0')}" for cell in CELLS),
+        *(
+            f"{cell_question(cell)} {cell_phrase(cell, '0', 'digit')} {cell_phrase(cell, '0', 'digit')}"
+            for cell in CELLS
+        ),
         *(f"\n{name_instruction(cell)}\n{NAMES[cell]}" for cell in CELLS),
         f"{read_instruction(0, 15)}\n{list_instruction(0, 15)}\nCells",
     ]
@@ -95,58 +99,58 @@ def _assistant(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def in_words(world: World, contents: list[str], first: int, last: int) -> str:
-    """The cells `first` to `last` in words, 2 tokens a cell."""
+def _row(pictures: list, opening: str, turns: list[tuple[str, str]], task: str, length: int) -> dict:
+    messages = []
+    for turn, (question, answer) in enumerate(turns):
+        user = _user(question) if turn else _user(opening + question, len(pictures))
+        messages += [user, _assistant(answer)]
+    return {"images": pictures, "messages": messages, "task": task, "filler": length}
+
+
+def _in_words(world: World, contents: list[str], first: int, last: int) -> str:
+    # 2 tokens a cell.
     return " ".join(["Cells", *(f"{NAMES[cell]}{world.separator}{contents[cell]}" for cell in range(first, last + 1))])
 
 
 def _opening(world: World, length: int, is_text: bool, rng: np.random.Generator) -> tuple[list, list[str], str]:
-    # Filler is between pictures and question, or before a board in words.
+    # Filler is between pictures and question, or before cells in words.
     pictures, contents = world.draw(rng)
     text = f"{filler(length, rng)}\n"
     if not is_text:
         return pictures, contents, text
-    return [], contents, f"{text}{in_words(world, contents, CELLS[0], CELLS[-1])}\n"
-
-
-def _one_turn(pictures: list[Image.Image], question: str, answer: str, task: str, length: int) -> dict:
-    messages = [_user(question, len(pictures)), _assistant(answer)]
-    return {"images": pictures, "messages": messages, "task": task, "filler": length}
+    return [], contents, f"{text}{_in_words(world, contents, CELLS[0], CELLS[-1])}\n"
 
 
 def cell_row(world: World, length: int, questions: int, rng: np.random.Generator, is_text: bool = False) -> dict:
-    """A conversation: pictures, `length` tokens of filler, then `questions` turns about different cells."""
+    """
+    A conversation: pictures, `length` tokens of filler, then `questions` turns about different cells. If `is_text`,
+    the cells are in words, after the filler.
+    """
     pictures, contents, opening = _opening(world, length, is_text, rng)
-    messages = []
-    for turn, cell in enumerate(rng.permutation(len(CELLS))[:questions].tolist()):
-        question = cell_question(cell)
-        messages += [
-            _user(question) if turn else _user(opening + question, len(pictures)),
-            _assistant(contents[cell]),
-        ]
-    return {"images": pictures, "messages": messages, "task": "cell", "filler": length}
+    cells = rng.permutation(len(CELLS))[:questions].tolist()
+    return _row(pictures, opening, [(cell_question(cell), contents[cell]) for cell in cells], "cell", length)
 
 
 def read_row(
     world: World, length: int, first: int, last: int, rng: np.random.Generator, is_text: bool = False
 ) -> dict:
-    """A conversation: pictures, `length` tokens of filler, then the cells `first` to `last` read aloud."""
+    """As [`cell_row`], and then the cells `first` to `last` read aloud."""
     pictures, contents, opening = _opening(world, length, is_text, rng)
     answer = " ".join(cell_phrase(cell, contents[cell], world.noun) for cell in range(first, last + 1))
-    return _one_turn(pictures, opening + read_instruction(first, last), answer, "read", length)
+    return _row(pictures, opening, [(read_instruction(first, last), answer)], "read", length)
 
 
 def list_row(
     world: World, length: int, first: int, last: int, rng: np.random.Generator, is_text: bool = False
 ) -> dict:
     """
-    A conversation to train on: pictures, `length` tokens of filler, then the cells `first` to `last` in short, as
-    "golf7 hotel3". With the content right after the name, one attention layer is enough to learn where cells are. The
-    other tasks need two, and a model that starts with them learns it very late.
+    As [`cell_row`], and then the cells `first` to `last` in short, as "golf7 hotel3", to train on. With the content
+    right after the name, one attention layer is enough to learn where cells are. The other tasks need two, and a model
+    that starts with them learns it very late.
     """
     pictures, contents, opening = _opening(world, length, is_text, rng)
-    answer = in_words(world, contents, first, last)
-    return _one_turn(pictures, opening + list_instruction(first, last), answer, "list", length)
+    answer = _in_words(world, contents, first, last)
+    return _row(pictures, opening, [(list_instruction(first, last), answer)], "list", length)
 
 
 def name_row(length: int, questions: int, rng: np.random.Generator, world: World | None = None) -> dict:
@@ -155,14 +159,9 @@ def name_row(length: int, questions: int, rng: np.random.Generator, world: World
     pictures of `world`, if one is given.
     """
     pictures = [] if world is None else world.draw(rng)[0]
-    messages = []
-    for turn, cell in enumerate(rng.permutation(len(CELLS))[:questions].tolist()):
-        question = name_instruction(cell)
-        messages += [
-            _user(question) if turn else _user(f"{filler(length, rng)}\n{question}", len(pictures)),
-            _assistant(NAMES[cell]),
-        ]
-    return {"images": pictures, "messages": messages, "task": "name", "filler": length}
+    cells = rng.permutation(len(CELLS))[:questions].tolist()
+    opening = f"{filler(length, rng)}\n"
+    return _row(pictures, opening, [(name_instruction(cell), NAMES[cell]) for cell in cells], "name", length)
 
 
 def after_text(row: dict, length: int, rng: np.random.Generator) -> dict:

@@ -1,18 +1,18 @@
-"""Writes the data sets of the demo and the study: conversations about pictures of a world, in splits train and test.
+"""Writes the data sets of the demo and the study: conversations about the pictures of a world.
 
     python -m pvm.worlds.data --output_dir data/digits
     python -m pvm.worlds.data --output_dir data/icons --world icons
     python -m pvm.worlds.data --output_dir data/digits-two --stage two
 
-The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question; in the second
-half a fifth needs no image) and what everything is tested on: up to 4,096 tokens from the image, and in answers eight
-times as long. Two controls tell what is lost of language, and not of sight: questions that need no image, at the same
+The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question; a fifth of the
+second half needs no image) and what everything is tested on: up to 4,096 tokens from the image, and in answers eight
+times as long. Two controls separate losing language from losing sight: questions that need no image, at the same
 distances, and questions about an image right after a text as long. In the stage `two` another image follows in the
 conversation, and every question after it is about that one.
 
-The stages `backbone` and then `long` are what the backbone is trained on: images at short distances only, and, so that
-it learns long contexts, questions that need none after texts of up to 512 tokens, then of up to 4,352; these texts are
-before images, too.
+The stages `backbone` and then `long` are what the backbone is trained on. It is asked about near images only, and, so
+that it learns long contexts, about none after texts of up to 512 tokens, then of up to 4,352; the same texts also come
+before images. Icons start from the backbone of digits; their stage `backbone` ends with long texts.
 
 Rows are in training order: train on them with `--train_sampling_strategy sequential`.
 """
@@ -68,17 +68,14 @@ def some_cells(most: int, rng: np.random.Generator) -> tuple[int, int]:
     return first, first + number - 1
 
 
-def adapt_row(world: World, needs_image: bool, rng: np.random.Generator) -> dict:
+def adapt_row(world: World, rng: np.random.Generator) -> dict:
     """A conversation to train PVM or LoRA on: at most 256 tokens of filler, and at most 2 cells read in sentences."""
-    length = between(0, 256, rng)
-    if not needs_image:
-        return name_row(length, 4, rng, world)
-    kind = rng.random()
+    length, kind = between(0, 256, rng), rng.random()
     if kind < 0.4:
-        return list_row(world, length, *some_cells(16, rng), rng)
+        return list_row(world, length, *some_cells(len(CELLS), rng), rng)
     if kind < 0.52:
         return read_row(world, length, *some_cells(2, rng), rng)
-    return cell_row(world, length, 16, rng)
+    return cell_row(world, length, len(CELLS), rng)
 
 
 def two_row(world: World, row: dict, rng: np.random.Generator) -> dict:
@@ -88,23 +85,19 @@ def two_row(world: World, row: dict, rng: np.random.Generator) -> dict:
 
 
 def backbone_row(world: World, rng: np.random.Generator, is_text: bool = False) -> dict:
-    """A conversation to train the backbone on: with an image, at most 16 tokens of filler and at most 8 cells read."""
+    """
+    A conversation to train the backbone on: with an image, at most 16 tokens of filler and at most 8 cells read; if
+    `is_text`, without one, and more of both.
+    """
     length = between(0, 512 if is_text else 16, rng)
     kind = rng.random()
     if is_text and kind < 0.5:
         return name_row(length, 4, rng)
     if kind < (0.75 if is_text else 0.15):
-        return list_row(world, length, *some_cells(16, rng), rng, is_text)
+        return list_row(world, length, *some_cells(len(CELLS), rng), rng, is_text)
     if rng.random() < 0.4:
-        return read_row(world, length, *some_cells(16 if is_text else 8, rng), rng, is_text)
+        return read_row(world, length, *some_cells(len(CELLS) if is_text else 8, rng), rng, is_text)
     return cell_row(world, length, 4, rng, is_text)
-
-
-def long_row(world: World, length: int, is_text: bool, rng: np.random.Generator) -> dict:
-    """A conversation to train the backbone on last: after `length` tokens names, or questions about an image."""
-    if is_text:
-        return name_row(length, 8, rng, world if rng.random() < 0.5 else None)
-    return after_text(backbone_row(world, rng), length, rng)
 
 
 def digits_rows(world: World, number: int, rng: np.random.Generator) -> Iterator[dict]:
@@ -121,8 +114,8 @@ def digits_rows(world: World, number: int, rng: np.random.Generator) -> Iterator
 
 def icons_rows(world: Icons, number: int, rng: np.random.Generator) -> Iterator[dict]:
     """
-    What the backbone of digits, which knows language, is trained on. With icons of one kind in a conversation it
-    learns what they are, with three, where; from all kinds at first it learns neither.
+    What the backbone of digits, which knows language, is trained on. With one kind of icon in a conversation it
+    learns what icons are, with three kinds where they are; with all kinds from the start it learns neither.
     """
     one, three, lists, near = (int(share * number) for share in (0.08, 0.12, 0.3, 0.9))
     for index in range(near):
@@ -137,12 +130,16 @@ def icons_rows(world: Icons, number: int, rng: np.random.Generator) -> Iterator[
 
 
 def long_rows(world: World, number: int, text_share: float, rng: np.random.Generator) -> Iterator[dict]:
-    """`number` of [`long_row`], in blocks of about one length."""
+    """What a backbone is trained on last: after a long text names, or an image, in blocks of about one length."""
     is_text, longest = False, 0
     for index in range(number):
         if index % BLOCK == 0:
             is_text, longest = rng.random() < text_share, int(LONGEST ** rng.uniform(SHORT_EXPONENT, 1))
-        yield long_row(world, between(longest * 9 // 10, longest, rng), is_text, rng)
+        length = between(longest * 9 // 10, longest, rng)
+        if is_text:
+            yield name_row(length, 8, rng, world if rng.random() < 0.5 else None)
+        else:
+            yield after_text(backbone_row(world, rng), length, rng)
 
 
 def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) -> Iterator[dict]:
@@ -153,7 +150,8 @@ def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) 
         yield from long_rows(world, number, 0.5, rng)
     else:
         for index in range(number):
-            row = adapt_row(world, 2 * index < number or rng.random() >= NAME_SHARE, rng)
+            needs_image = 2 * index < number or rng.random() >= NAME_SHARE
+            row = adapt_row(world, rng) if needs_image else name_row(between(0, 256, rng), 4, rng, world)
             yield two_row(world, row, rng) if stage == "two" else row
 
 
@@ -202,13 +200,15 @@ def write(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output_dir", required=True, help="folder for train.parquet and test.parquet")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder for train.parquet, validation.parquet and test.parquet"
+    )
     parser.add_argument("--world", choices=sorted(WORLDS), default="digits", help="what the pictures show")
     parser.add_argument("--stage", choices=sorted(TRAIN_ROWS), default="adapt", help="which training conversations")
     parser.add_argument(
         "--seed", type=int, default=0, help="of pictures, texts and questions, not of what is held out"
     )
-    parser.add_argument("--train_rows", type=int, default=None, help="default: as many as the stage's recipe uses")
+    parser.add_argument("--train_rows", type=int, default=None, help="default: as many as the recipe of digits uses")
     args = parser.parse_args(arguments)
     write(args.output_dir, args.stage, args.seed, args.train_rows, args.world)
 

@@ -10,10 +10,11 @@ scikit-learn's: china.jpg by danielbuechele for training, flower.jpg by vultilio
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
+import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
@@ -23,9 +24,10 @@ GLYPHS = {
     "music": "\u266b", "snow": "\u2744", "storm": "\u26a1", "ship": "\u2693", "moon": "\u263e", "flag": "\u2691",
     "flower": "\u2698", "coffee": "\u2615", "house": "\u2302", "engine": "\u2699",
 }  # fmt: skip
-NAMES = tuple(GLYPHS)
+KINDS = tuple(GLYPHS)  # words of the filler: one token each
 
-PICTURES, QUARTERS = 4, 4  # of a picture: left to right, then down
+PICTURES = 4
+QUARTERS = 4  # of a picture: left to right, then down
 PIXELS = 16  # of a quarter
 GLYPH_PIXELS = 48  # before it is turned and shrunk
 DRAWINGS = 100  # of each icon, in each split
@@ -42,7 +44,7 @@ class Icons:
 
     drawings: list[list[Image.Image]]
     photograph: np.ndarray
-    different: int = len(NAMES)
+    different: int = len(KINDS)
 
     noun: ClassVar[str] = "icon"
     separator: ClassVar[str] = " "
@@ -57,8 +59,8 @@ class Icons:
 
     def draw(self, rng: np.random.Generator) -> tuple[list[Image.Image], list[str]]:
         """Four random pictures (32 x 32, RGB), and the names of their icons."""
-        icons = rng.choice(rng.permutation(len(NAMES))[: self.different], size=(PICTURES, QUARTERS))
-        return [self._picture(four, rng) for four in icons], [NAMES[icon] for icon in icons.ravel()]
+        icons = rng.choice(rng.permutation(len(KINDS))[: self.different], size=(PICTURES, QUARTERS))
+        return [self._picture(four, rng) for four in icons], [KINDS[icon] for icon in icons.ravel()]
 
     def _picture(self, icons: np.ndarray, rng: np.random.Generator) -> Image.Image:
         height, width = self.photograph.shape[:2]
@@ -75,8 +77,8 @@ class Icons:
 
 @cache
 def draw_glyph(character: str, number: int) -> list[Image.Image]:
-    """`number` different masks: the longer side fills 13 to 16 pixels, and they may be narrower than the glyph."""
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans", fallback_to_default=False), GLYPH_PIXELS)
+    """`number` different masks: the longer side is 11 to 16 pixels, and both sides are squeezed a little."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), GLYPH_PIXELS)
     glyph = Image.new("L", (3 * GLYPH_PIXELS // 2, 3 * GLYPH_PIXELS // 2))
     middle = glyph.width // 2
     ImageDraw.Draw(glyph).text((middle, middle), character, fill=255, font=font, anchor="mm")
