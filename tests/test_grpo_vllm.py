@@ -36,7 +36,7 @@ def start(conversations, tmp_path_factory) -> Path:
     """Branches with open gates, on a backbone that has learned not to write placeholders."""
     folder = run(BACKBONE, conversations, tmp_path_factory.mktemp("start") / "pvm", "--pvm_hidden_size", "32")
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(folder)
-    tiny.set_gates(model, 0.5)
+    tiny.set_gates(model, 3.0)  # so that answers, and their rewards, differ
     model.save_pretrained(folder, adapter_only=True)
     return folder
 
