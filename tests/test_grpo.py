@@ -48,9 +48,9 @@ def rewards(tmp_path_factory) -> str:
     """A user's reward, which an untrained model can earn."""
     file = tmp_path_factory.mktemp("rewards") / "my_rewards.py"
     file.write_text(
-        "def vowels(completions, answer, **kwargs):\n"
+        "def letters(completions, answer, **kwargs):\n"
         "    assert len(answer) == len(completions) == len(kwargs['images'])\n"
-        "    return [float(sum(letter in 'aeiou' for letter in c[0]['content'])) for c in completions]\n"
+        "    return [float(sum(letter in 'aeiou02468' for letter in c[0]['content'])) for c in completions]\n"
         "\n\ndef one_for_all(completions, **kwargs):\n    return [1.0]\n"
         "\n\ndef broken(completions, **kwargs):\n    return kwargs['colour']\n"
     )
@@ -79,7 +79,7 @@ def run_grpo(starts, conversations, rewards):
         own = (
             ()
             if "--reward_functions" in flags
-            else ("--reward_functions", f"{rewards}:vowels", "--reward_weights", "1")
+            else ("--reward_functions", f"{rewards}:letters", "--reward_weights", "1")
         )
         names = ("--model_name_or_path", starts[start], "--dataset_name", conversations, "--output_dir", output_dir)
         grpo.main([*map(str, names), *FLAGS, *own, *flags])
@@ -174,7 +174,7 @@ def test_record_card_and_inspection_know_both_stages(trained, capsys):
     record = read_record(trained("branches"))
     assert (record["stage"], record["previous"]["stage"]) == ("grpo", "sft")
     assert record["last_reward"] == history(trained("branches"))[-1]["reward"]
-    assert record["arguments"]["reward_functions"] == ["my_rewards.py:vowels"]  # without the path of this machine
+    assert record["arguments"]["reward_functions"] == ["my_rewards.py:letters"]  # without the path of this machine
     card = (trained("branches") / "README.md").read_text()
     assert "Stage 1, supervised fine-tuning:" in card and "Stage 2, GRPO:" in card
     assert card.index("Stage 1") < card.index("Stage 2") < card.index("## Results")

@@ -36,7 +36,7 @@ def start(conversations, tmp_path_factory) -> Path:
     """Branches with open gates, on a backbone that has learned not to write placeholders."""
     folder = run(BACKBONE, conversations, tmp_path_factory.mktemp("start") / "pvm", "--pvm_hidden_size", "32")
     model = Qwen3VLPVMForConditionalGeneration.from_pretrained(folder)
-    tiny.set_gates(model, 3.0)  # so that answers, and their rewards, differ
+    tiny.set_gates(model, 0.5)
     model.save_pretrained(folder, adapter_only=True)
     return folder
 
@@ -79,7 +79,7 @@ def test_rollouts_are_from_the_weights_that_are_trained(
 
     monkeypatch.setattr(generation.VLLMGeneration, "sync_weights", sync_weights)
     names = ("--model_name_or_path", start, "--dataset_name", conversations, "--output_dir", tmp_path / "run")
-    flags = ("--reward_functions", f"{rewards}:vowels", "--reward_weights", "1", "--use_vllm", "true")
+    flags = ("--reward_functions", f"{rewards}:letters", "--reward_weights", "1", "--use_vllm", "true")
     flags += ("--trains", "branches", "--learning_rate", "1e-4", "--max_steps", str(STEPS))
     with pytest.raises(UserError, match="Rollouts and trainer do not compute the same"):
         grpo.main([*map(str, names), *FLAGS, *flags])
