@@ -119,6 +119,16 @@ def test_training_rows_are_near_their_image_and_some_need_none(world):
     assert 20 < tasks.count("name") < 60
 
 
+def test_icons_are_taught_one_kind_at_a_time_and_long_texts_last():
+    rows = list(data.train_rows("backbone", Icons.load("train"), 400, np.random.default_rng(0)))
+    kinds = [
+        len({word for word in row["messages"][-1]["content"][0]["text"].split() if word in KINDS}) for row in rows
+    ]
+    assert set(kinds[:32]) == {1} and max(kinds[32:48]) <= 3 < max(kinds[48:120])
+    assert {row["task"] for row in rows[:120]} == {"list"} and {"cell", "read"} <= {row["task"] for row in rows[120:]}
+    assert max(row["filler"] for row in rows[:360]) <= 16 and max(row["filler"] for row in rows[360:]) > 500
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
