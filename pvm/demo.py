@@ -1,7 +1,7 @@
 """
 A tiny Qwen3-VL reads handwritten digits from a board, and forgets them as text follows. PVM branches with image
 dropout, the same branches as published, and LoRA are trained on the same conversations and evaluated on unseen digits,
-up to 4,096 tokens away from the image. No GPU and no network; about 13 minutes on two CPU cores.
+up to 4,096 tokens away from the image. No GPU and no network; about 9 minutes on two CPU cores.
 
     pvm demo
 

@@ -1,8 +1,8 @@
 """Studies: trainings and evaluations are stubs, but for one test that trains and evaluates."""
 
 import json
+import os
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -137,13 +137,17 @@ def test_after_ctrl_c_no_training_begins(tmp_path):
 
     def interrupted(command: str, flags: list[str], log: Path | None = None) -> int:
         calls.append(command)
-        # Not os.kill: the signal may reach another thread, and then nothing wakes the main one.
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(2)  # until the main thread has seen it, on a busy machine too
         return 1
 
-    with pytest.raises(KeyboardInterrupt):
-        study_module.main(["--config", str(recipe(tmp_path))], interrupted)
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study_module.main(["--config", str(recipe(tmp_path))], interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert calls == ["train"]
 
 
