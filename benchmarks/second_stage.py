@@ -29,7 +29,7 @@ ROWS = {"few": 240, "questions": 400, "test": 160}
 FILLER, CELLS = (96, 160), 8
 METHODS = {
     "PVM": {
-        "sft": ["--method", "pvm", "--pvm_layers", "0", "1", "2", "--pvm_hidden_size", "64"],
+        "sft": ["--method", "pvm", "--pvm_hidden_size", "64"],
         "rates": ["--learning_rate", "2e-3", "--gate_learning_rate", "1e-2"],
         "trains": "branches",
     },
@@ -120,7 +120,7 @@ def draw(curves: dict[tuple[str, str], list[list[dict]]], path: Path) -> None:
             axis.plot(steps, values.T, alpha=0.25, **style)
             axis.plot(steps, values.mean(axis=0), label=f"{method}, {reward}", linewidth=2, **style)
             axis.set(title=title, xlabel="GRPO step")
-    axes[2].legend()
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
     figure.savefig(path, dpi=120)
 
 
