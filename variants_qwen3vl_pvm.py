@@ -27,7 +27,7 @@ class ImageOrderBlock(Qwen3VLPVMBlock):
     """PVM whose memory knows the order of images and video frames: keys and values say which one they are from."""
 
     counts_images = True
-    features = 32  # of an image's number: sines and cosines
+    features = 32  # of an image's number: sines and cosines; it is the same for numbers that differ by 64
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -35,9 +35,11 @@ class ImageOrderBlock(Qwen3VLPVMBlock):
 
     def attend(self, query_states, visual_embeds, metadata, memory) -> torch.Tensor:
         """As published, with V' + W_order f(number of the image), `[batch, new visual, pvm_hidden_size]`."""
+        # Evenly spaced frequencies make f of 32 successive numbers orthogonal. With those of rotary positions, most of
+        # which are low, neighbours look alike, and which image is which is learned late or never (docs/study.md).
         visual_states = None
         if visual_embeds is not None:
-            frequencies = 100 ** -torch.linspace(0, 1, self.features // 2, device=visual_embeds.device)
+            frequencies = torch.arange(1, self.features, 2, device=visual_embeds.device) * torch.pi / self.features
             angles = metadata.image_index[..., None] * frequencies
             order = torch.cat([angles.sin(), angles.cos()], dim=-1).to(visual_embeds.dtype)
             visual_states = self.vision_reducer(visual_embeds) + self.image_order(order)

@@ -291,6 +291,15 @@ def test_which_image_is_which(kind, knows):
     assert ((outputs[0] - outputs[1]).abs().max() > 1e-3) == knows
 
 
+def test_neighbouring_images_do_not_look_alike():
+    block = branches(tiny.build(pvm_block="image_order"))[0]
+    seen = []
+    block.image_order.register_forward_hook(lambda module, args, output: seen.append(args[0][0]))
+    numbers = CrossAttentionMetadata(image_index=torch.arange(32)[None])
+    block(torch.randn(1, 1, 32), torch.randn(1, 32, 32), numbers)
+    torch.testing.assert_close(seen[0] @ seen[0].T, 16 * torch.eye(32), atol=1e-4, rtol=0)
+
+
 def test_numbers_of_images(model):
     """The same in one pass, turn by turn, and in rows that have other images."""
     turns = [
