@@ -1,0 +1,52 @@
+"""The rival of a memory: visual keys pruned without training (benchmarks/pruned_keys.py)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from benchmarks.pruned_keys import answer, encode, image_bytes, prune
+from pvm.checkpoints.loading import load_checkpoint
+from pvm.worlds import conversations
+from pvm.worlds.digits import Digits
+
+
+BACKBONE = Path(__file__).parents[1] / "assets" / "digits-backbone"
+
+
+@pytest.fixture(scope="module")
+def base():
+    checkpoint = load_checkpoint(str(BACKBONE))
+    checkpoint.model.set_attn_implementation("eager")
+    return checkpoint
+
+
+@pytest.mark.parametrize("task", ["list", "cell"])
+def test_unpruned_answers_are_those_of_generate(base, task):
+    world, rng = Digits.load("test"), np.random.default_rng(3)
+    row = (
+        conversations.list_row(world, 20, 0, 15, rng) if task == "list" else conversations.cell_row(world, 20, 2, rng)
+    )
+    inputs, _, _ = encode(base, row)
+    with torch.no_grad():
+        tokens = base.model.generate(**inputs, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]
+    expected = base.processor.decode(tokens, skip_special_tokens=True).strip()
+    found, size = answer(base, row, share=1.0, image_kv_cache="keep", longest=60)
+    config = base.model.config.text_config
+    assert found == expected
+    assert size == 2 * 4 * 16 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert answer(base, row, share=0.25, image_kv_cache="keep", longest=60)[1] == size / 4
+
+
+def test_columns_with_most_attention_are_kept():
+    """Text at 0 and 5; the layers differ in what the last query attends to."""
+    cache, states = DynamicCache(), torch.arange(6.0).view(1, 1, 6, 1)
+    weights = [torch.zeros(1, 2, 6, 6) for _ in range(2)]
+    for layer, favourites in enumerate(([2, 4], [1, 3])):
+        cache.update(states, states, layer)
+        weights[layer][:, :, -1, favourites] = 0.5
+    prune(cache, tuple(weights), torch.tensor([False, True, True, True, True, False]), share=0.5)
+    assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[0, 2, 4, 5], [0, 1, 3, 5]]
+    assert image_bytes(cache, text_tokens=2) == 2 * 2 * 2 * 4
