@@ -3,31 +3,13 @@
 
 from collections.abc import Collection
 
-from transformers.generation import (
-    ContinuousBatchingManager,
-    GenerationMixin,
-    LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
-)
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 
 try:
     from .eviction_qwen3vl_pvm import evict_images
 except ImportError:  # in a checkout, where this file is a top-level module
     from eviction_qwen3vl_pvm import evict_images
-
-
-class TextBatchingManager(ContinuousBatchingManager):
-    """Continuous batching of text: it has no way to pass images to the model."""
-
-    def add_request(self, input_ids: list[int], *args, **kwargs):
-        self.refuse_images(self.model.config, input_ids)
-        return super().add_request(input_ids, *args, **kwargs)
-
-    @staticmethod
-    def refuse_images(config, input_ids: list[int]) -> None:
-        if not {config.image_token_id, config.video_token_id}.isdisjoint(map(int, input_ids)):
-            raise ValueError("Continuous batching cannot pass images to the model. Call `generate`.")
 
 
 class PVMGenerationMixin:
@@ -89,13 +71,9 @@ class PVMGenerationMixin:
         kwargs["logits_processor"] = LogitsProcessorList([*logits_processor, suppress])
         return super()._get_candidate_generator(*args, **kwargs)
 
-    def init_continuous_batching(self, *args, **kwargs) -> TextBatchingManager:
-        manager = super().init_continuous_batching(*args, **kwargs)
-        manager.__class__ = TextBatchingManager  # the stock method makes one of its own class
-        return manager
-
-    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
-        """As the stock model, of text only."""
-        for input_ids in inputs:  # here, because the stock method only logs what its manager raises
-            TextBatchingManager.refuse_images(self.config, input_ids)
-        return super().generate_batch(inputs, *args, **kwargs)
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch`, which calls this."""
+        raise ValueError(
+            "Continuous batching of transformers has no way to pass images to the model, and no place for what "
+            "branches remember. Call `generate`, or serve with vLLM."
+        )
