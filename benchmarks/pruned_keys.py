@@ -123,7 +123,9 @@ def draw(results: dict[str, list[list[float]]], path: Path) -> None:
         for colour, (name, points) in zip(COLOURS, results.items()):
             values = np.array(points)
             axis.plot(values[:, 2], 100 * values[:, number], "o-", color=colour, label=name)
-        axis.set(title=title, xscale="log", xlabel="bytes of the image", ylim=(-3, 103))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}")
+        axis.set(title=title, xlabel="KiB of the image", ylim=(-3, 103))
     axes[0].set_ylabel("right (%)")
     axes[0].legend()
     figure.savefig(path, dpi=120)
