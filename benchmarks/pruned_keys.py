@@ -12,6 +12,8 @@ branches' memory. Draws `--picture`.
 """
 
 import argparse
+import re
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +105,22 @@ def answer(
     return tokenizer.decode(tokens, skip_special_tokens=True).strip(), size
 
 
+def cells_of(answer: str) -> list[str]:
+    """A list by cells, each with its name; an answer about one cell as it is."""
+    if not answer.startswith("Cells "):
+        return [answer]
+    names = "|".join(conversations.NAMES)
+    return re.findall(rf"(?:{names}).*?(?=(?: (?:{names}))|$)", answer)
+
+
 def accuracy(checkpoint: Checkpoint, rows: list[dict], share: float | None, image_kv_cache: str) -> list[float]:
     """Mean share of right cells in `list` rows and in `cell` rows, and mean bytes of the image."""
     right, sizes = {"list": [], "cell": []}, []
     for row in rows:
-        expected = row["messages"][-1]["content"][0]["text"].split()
-        found, size = answer(checkpoint, row, share, image_kv_cache, 2 * len(expected) + 40)
-        words = found.split() + [""] * len(expected)
-        skipped = 1 if row["task"] == "list" else 0  # the word that lists begin with
-        right[row["task"]].append(np.mean([a == b for a, b in zip(words[skipped:], expected[skipped:])]))
+        text = row["messages"][-1]["content"][0]["text"]
+        found, size = answer(checkpoint, row, share, image_kv_cache, 2 * len(text.split()) + 40)
+        expected, given = cells_of(text), cells_of(found)
+        right[row["task"]].append(np.mean([a == b for a, b in zip_longest(expected, given[: len(expected)])]))
         sizes.append(size)
     return [np.mean(right["list"]), np.mean(right["cell"]), np.mean(sizes)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.pruned_keys import answer, encode, image_bytes, prune
+from benchmarks.pruned_keys import answer, cells_of, encode, image_bytes, prune
 from pvm.checkpoints.loading import load_checkpoint
 from pvm.worlds import conversations
 from pvm.worlds.digits import Digits
@@ -50,3 +50,9 @@ def test_columns_with_most_attention_are_kept():
     prune(cache, tuple(weights), torch.tensor([False, True, True, True, True, False]), share=0.5)
     assert [layer.keys.flatten().tolist() for layer in cache.layers] == [[0, 2, 4, 5], [0, 1, 3, 5]]
     assert image_bytes(cache, text_tokens=2) == 2 * 2 * 2 * 4
+
+
+def test_lists_are_scored_by_cell():
+    assert cells_of("Cells alpha7 bravo3") == ["alpha7", "bravo3"]
+    assert cells_of("Cells alpha sun bravo music charlie") == ["alpha sun", "bravo music", "charlie"]
+    assert cells_of("sun") == ["sun"] and cells_of("") == [""]
