@@ -1,12 +1,12 @@
 """
 A memory, or fewer keys of the image in the cache? Accuracy against bytes: branches whose image leaves the cache
-(`image_kv_cache`) beside models whose visual keys are pruned without training, as VL-Cache and its kin do.
+(`image_kv_cache`) beside models whose visual keys are pruned without training, by a simple rule in VL-Cache's spirit.
 
     python -m benchmarks.pruned_keys --models assets/digits-backbone runs/digits_lora runs/digits_pvm \\
         --names base LoRA PVM
 
-Pruning: when the first prompt has been read, each layer keeps the share of visual tokens to which the prompt's last
-eight tokens paid most attention. Then two things are asked of what is left, on unseen pictures: to list all cells,
+Pruning: when the first prompt has been read, each layer keeps the visual tokens to which the text after the image paid
+most attention. Then two things are asked of what is left, on unseen pictures: to list all cells,
 and, after a first question, another cell. Bytes are those of the image: visual keys and values in the cache, and the
 branches' memory. Draws `--picture`.
 """
@@ -30,8 +30,7 @@ from pvm.worlds import conversations
 from pvm.worlds.data import WORLDS
 
 
-SHARES = (1.0, 0.5, 0.25, 0.10, 0.05, 0.01)
-LAST_TOKENS = 8  # of the prompt, whose attention decides
+SHARES = (1.0, 0.5, 0.25, 0.10, 0.05, 0.01)  # of visual keys; at least one is kept
 
 
 def plain_messages(row: dict) -> list[dict]:
@@ -51,13 +50,12 @@ def encode(checkpoint: Checkpoint, row: dict) -> tuple[dict, torch.Tensor, int]:
     return inputs, positions, first["input_ids"].shape[1]
 
 
-def prune(cache: DynamicCache, attentions: tuple[torch.Tensor, ...], is_visual: torch.Tensor, share: float) -> None:
-    """Keep `share` of each layer's visual columns, at least one: those with most attention `[1, heads, q, k]`."""
-    visual = is_visual.nonzero()[:, 0]
-    kept = max(round(share * len(visual)), 1)
+def prune(cache: DynamicCache, attentions: tuple[torch.Tensor, ...], is_visual: torch.Tensor, kept: int) -> None:
+    """Keep `kept` visual columns in each layer: those with most attention `[1, heads, query, key]` of later text."""
+    visual, others = is_visual.nonzero()[:, 0], (~is_visual).nonzero()[:, 0]
     for layer, weights in zip(cache.layers, attentions):
-        scores = weights[0, :, -LAST_TOKENS:, visual].mean(dim=(0, 1))
-        columns = torch.cat([(~is_visual).nonzero()[:, 0], visual[scores.topk(kept).indices]]).sort().values
+        scores = weights[0, :, visual[-1] + 1 :, visual].mean(dim=(0, 1))
+        columns = torch.cat([others, visual[scores.topk(kept).indices]]).sort().values
         layer.keys, layer.values = layer.keys[:, :, columns], layer.values[:, :, columns]
 
 
@@ -71,14 +69,13 @@ def image_bytes(cache: DynamicCache, text_tokens: int) -> int:
 
 
 @torch.no_grad()
-def answer(
-    checkpoint: Checkpoint, row: dict, share: float | None, image_kv_cache: str, longest: int
-) -> tuple[str, int]:
-    """The greedy answer to the last question, and the bytes of the image, of whose keys `share` is kept."""
+def answer(checkpoint: Checkpoint, row: dict, kept: int | None, image_kv_cache: str, longest: int) -> tuple[str, int]:
+    """The greedy answer to the last question, and the bytes of the image, of which `kept` keys stay (`None`: all)."""
     model, tokenizer = checkpoint.plain_model, checkpoint.processor.tokenizer
     inputs, positions, first = encode(checkpoint, row)
+    inputs, positions = inputs.to(model.device), positions.to(model.device)
     ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
-    options = {"output_attentions": True} if share is not None else {"image_kv_cache": image_kv_cache}
+    options = {"output_attentions": True} if kept is not None else {"image_kv_cache": image_kv_cache}
     cache = DynamicCache(config=model.config.text_config)
     output = model(
         input_ids=ids[:, :first],
@@ -89,8 +86,8 @@ def answer(
         past_key_values=cache,
         **options,
     )
-    if share is not None:
-        prune(cache, output.attentions, types[0, :first] > 0, share)
+    if kept is not None:
+        prune(cache, output.attentions, types[0, :first] > 0, kept)
     size = image_bytes(cache, int((types[0, :first] == 0).sum()))
     later, position = ids[:, first:], positions[..., first:]
     if later.shape[1]:
@@ -101,7 +98,7 @@ def answer(
         if tokens[-1] == tokenizer.eos_token_id:
             break
         position = position + 1
-        output = model(input_ids=torch.tensor([[tokens[-1]]]), position_ids=position, past_key_values=cache)
+        output = model(input_ids=ids.new_tensor([[tokens[-1]]]), position_ids=position, past_key_values=cache)
     return tokenizer.decode(tokens, skip_special_tokens=True).strip(), size
 
 
@@ -113,12 +110,12 @@ def cells_of(answer: str) -> list[str]:
     return re.findall(rf"(?:{names}).*?(?=(?: (?:{names}))|$)", answer)
 
 
-def accuracy(checkpoint: Checkpoint, rows: list[dict], share: float | None, image_kv_cache: str) -> list[float]:
+def accuracy(checkpoint: Checkpoint, rows: list[dict], kept: int | None, image_kv_cache: str) -> list[float]:
     """Mean share of right cells in `list` rows and in `cell` rows, and mean bytes of the image."""
     right, sizes = {"list": [], "cell": []}, []
     for row in rows:
         text = row["messages"][-1]["content"][0]["text"]
-        found, size = answer(checkpoint, row, share, image_kv_cache, 2 * len(text.split()) + 40)
+        found, size = answer(checkpoint, row, kept, image_kv_cache, 2 * len(text.split()) + 40)
         expected, given = cells_of(text), cells_of(found)
         right[row["task"]].append(np.mean([a == b for a, b in zip_longest(expected, given[: len(expected)])]))
         sizes.append(size)
@@ -164,11 +161,15 @@ def main() -> None:
         checkpoint = load_checkpoint(path)
         if checkpoint.description.gates:
             settings = {mode: (None, mode) for mode in ("keep", "evict", "skip")}
+            line = f"{name}: keep, evict, skip"
         else:
             checkpoint.plain_model.set_attn_implementation("eager")  # which returns attention
-            settings = {f"{share:.0%} of visual keys": (share, "keep") for share in SHARES}
-        results[name] = [accuracy(checkpoint, rows, *setting) for setting in tqdm(settings.values(), desc=name)]
-        table += [[f"{name}, {setting}", *point] for setting, point in zip(settings, results[name])]
+            visual = int((encode(checkpoint, rows[0])[0]["mm_token_type_ids"] > 0).sum())
+            numbers = dict.fromkeys(max(round(share * visual), 1) for share in SHARES)
+            settings = {f"{kept} of {visual} visual keys": (kept, "keep") for kept in numbers}
+            line = f"{name}, pruned"
+        results[line] = [accuracy(checkpoint, rows, *setting) for setting in tqdm(settings.values(), desc=name)]
+        table += [[f"{name}, {setting}", *point] for setting, point in zip(settings, results[line])]
     texts = [[name, f"{some:.1%}", f"{one:.1%}", f"{size:,.0f}"] for name, some, one, size in table]
     print_table(
         f"{args.rows} conversations of each kind, {args.filler} tokens of text after the image",

@@ -82,7 +82,7 @@ def adapt_row(world: World, rng: np.random.Generator) -> dict:
 def easier(world: World, share: float, rng: np.random.Generator) -> World:
     """
     The world of a row of `adapt` with this share of rows before it. Icons begin with one kind in a conversation, then
-    quarters or pictures are alike. With all at once, branches that have only their memory do not begin to learn.
+    quarters or pictures are alike. All at once, branches that have only their memory learn nothing in as many steps.
     """
     one, alike = ICONS_ALIKE
     if not isinstance(world, Icons) or share >= alike:
