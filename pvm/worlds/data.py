@@ -45,7 +45,6 @@ FEATURES = Features(
 
 WORLDS = {"digits": Digits, "icons": Icons}
 TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
-ICONS_ALIKE = (1 / 7, 1 / 2)  # shares of the rows of `adapt` with icons of one kind, and with those or alike ones
 NAME_SHARE = 0.2  # of rows in the second half: from the start, branches need more steps to learn where cells are
 BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
 LONGEST = 4_352  # tokens of text before the question
@@ -77,17 +76,6 @@ def adapt_row(world: World, rng: np.random.Generator) -> dict:
     if kind < 0.52:
         return read_row(world, length, *some_cells(2, rng), rng)
     return cell_row(world, length, len(CELLS), rng)
-
-
-def easier(world: World, share: float, rng: np.random.Generator) -> World:
-    """
-    The world of a row of `adapt` with this share of rows before it. Icons begin with one kind in a conversation, then
-    quarters or pictures are alike. All at once, branches that have only their memory learn nothing in as many steps.
-    """
-    one, alike = ICONS_ALIKE
-    if not isinstance(world, Icons) or share >= alike:
-        return world
-    return replace(world, different=1) if share < one else replace(world, alike=rng.choice(["quarters", "pictures"]))
 
 
 def two_row(world: World, row: dict, rng: np.random.Generator) -> dict:
@@ -163,8 +151,7 @@ def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) 
     else:
         for index in range(number):
             needs_image = 2 * index < number or rng.random() >= NAME_SHARE
-            shown = easier(world, index / number, rng)
-            row = adapt_row(shown, rng) if needs_image else name_row(between(0, 256, rng), 4, rng, world)
+            row = adapt_row(world, rng) if needs_image else name_row(between(0, 256, rng), 4, rng, world)
             yield two_row(world, row, rng) if stage == "two" else row
 
 

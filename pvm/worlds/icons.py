@@ -40,13 +40,11 @@ class Icons:
     drawings (`list[list[Image]]`): masks of each icon, at most 16 x 16 pixels.
     photograph (`np.ndarray` `[height, width, 3]`, uint8): the background.
     different (`int`): kinds of icons in a conversation, at most.
-    alike (`str`, *optional*): "quarters", if a picture shows one kind of icon; "pictures", if all show the same kinds.
     """
 
     drawings: list[list[Image.Image]]
     photograph: np.ndarray
     different: int = len(KINDS)
-    alike: str | None = None
 
     noun: ClassVar[str] = "icon"
     separator: ClassVar[str] = " "
@@ -62,10 +60,6 @@ class Icons:
     def draw(self, rng: np.random.Generator) -> tuple[list[Image.Image], list[str]]:
         """Four random pictures (32 x 32, RGB), and the names of their icons."""
         icons = rng.choice(rng.permutation(len(KINDS))[: self.different], size=(PICTURES, QUARTERS))
-        if self.alike == "quarters":
-            icons = icons[:, :1].repeat(QUARTERS, axis=1)
-        elif self.alike == "pictures":
-            icons = icons[:1].repeat(PICTURES, axis=0)
         return [self._picture(four, rng) for four in icons], [KINDS[icon] for icon in icons.ravel()]
 
     def _picture(self, icons: np.ndarray, rng: np.random.Generator) -> Image.Image:
