@@ -6,9 +6,9 @@ A memory, or fewer keys of the image in the cache? Accuracy against bytes: branc
         --names base LoRA PVM
 
 Pruning: when the first prompt has been read, each layer keeps the visual tokens to which the text after the image paid
-most attention. Then two things are asked of what is left, on unseen pictures: to list all cells,
-and, after a first question, another cell. Bytes are those of the image: visual keys and values in the cache, and the
-branches' memory. Draws `--picture`.
+most attention. Then two things are asked of what is left, on unseen pictures: to list all cells, and, after a first
+question, another cell. Bytes are those of the image: visual keys and values in the cache, and the branches' memory.
+Draws `--picture`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHARES = (1.0, 0.5, 0.25, 0.10, 0.05, 0.01)  # of visual keys; at least one is k
 
 
 def plain_messages(row: dict) -> list[dict]:
-    """Messages without the empty texts that a table of images needs."""
+    """Messages without the empty texts that a table of images needs. (`to_conversation` takes files, not images.)"""
     parts = [[{k: v for k, v in part.items() if v} for part in message["content"]] for message in row["messages"]]
     return [{"role": message["role"], "content": content} for message, content in zip(row["messages"], parts)]
 
@@ -123,6 +123,7 @@ def accuracy(checkpoint: Checkpoint, rows: list[dict], kept: int | None, image_k
 
 
 def draw(results: dict[str, list[list[float]]], path: Path) -> None:
+    """Both accuracies by bytes of the image, a line for each model."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for number, axis, title in zip((0, 1), axes, ("all cells listed", "another question")):
