@@ -121,7 +121,6 @@ class Qwen3VLPVMBlock(nn.Module):
     """Persistent Visual Memory as published, with the parameter names of the authors' implementation."""
 
     reads_image = True  # whether the branch depends on what the image shows
-    counts_images = False  # whether it needs `CrossAttentionMetadata.image_index`
 
     def __init__(self, config: Qwen3VLPVMTextConfig, layer_idx: int):
         super().__init__()

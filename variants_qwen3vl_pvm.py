@@ -26,7 +26,6 @@ class TokenGateBlock(Qwen3VLPVMBlock):
 class ImageOrderBlock(Qwen3VLPVMBlock):
     """PVM whose memory knows the order of images and video frames: keys and values say which one they are from."""
 
-    counts_images = True
     features = 32  # of an image's number: sines and cosines; it is the same for numbers that differ by 64
 
     def __init__(self, config, layer_idx):
@@ -44,6 +43,10 @@ class ImageOrderBlock(Qwen3VLPVMBlock):
             order = torch.cat([angles.sin(), angles.cos()], dim=-1).to(visual_embeds.dtype)
             visual_states = self.vision_reducer(visual_embeds) + self.image_order(order)
         return self.cross_attn(query_states, visual_states, metadata, memory)[0]
+
+
+class OrderedTokenGateBlock(TokenGateBlock, ImageOrderBlock):
+    """PVM with both: a gate for every token, and a memory that knows the order of images and video frames."""
 
 
 class ParallelMLPBlock(Qwen3VLPVMBlock):
@@ -66,5 +69,6 @@ BLOCKS = {
     "pvm": Qwen3VLPVMBlock,
     "token_gate": TokenGateBlock,
     "image_order": ImageOrderBlock,
+    "ordered_token_gate": OrderedTokenGateBlock,
     "parallel_mlp": ParallelMLPBlock,
 }

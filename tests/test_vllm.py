@@ -49,6 +49,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_layers  # noqa: E402
 
 from pvm.vllm import branch  # noqa: E402
+from pvm.vllm import model as vllm_model  # noqa: E402
 from pvm.vllm.model import Qwen3VLPVMForConditionalGeneration as VLLMModel  # noqa: E402
 from pvm.vllm.plugin import register  # noqa: E402
 
@@ -341,15 +342,24 @@ def test_a_control_without_an_image_and_without_prefix_caching(cases, processor,
     assert max(differences(engine, [case.answered(model, processor) for case in cases[::2]])) < TOLERANCE
 
 
-def test_a_token_gate_with_speculation(cases, processor, tmp_path):
-    """The last engine in this process: where numba has run, which speculation needs, vLLM cannot start another."""
-    model = build("token_gate")
+def test_ordered_images_with_speculation(cases, processor, tmp_path, monkeypatch):
+    """
+    In small chunks, twice. The last engine in this process: where numba has run, which speculation needs, vLLM cannot
+    start another.
+    """
+    model = build("ordered_token_gate")
     lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    engine = start(save(model, tmp_path), enable_prefix_caching=False, speculative_config=lookup)
+    engine = start(save(model, tmp_path), max_num_batched_tokens=CHUNK, speculative_config=lookup)
     expected = [case.answered(model, processor) for case in cases[::2]]
     assert max(differences(engine, expected)) < TOLERANCE
+    assert max(differences(engine, expected)) < TOLERANCE
+    assert counter(engine, "prefix_cache_hits") > 0
     assert counter(engine, "spec_decode_num_accepted_tokens") > 0
-    assert [case.tokens for case in expected] != [case.tokens for case in cases[::2]]
+
+    monkeypatch.setattr(vllm_model, "MAX_IMAGES", 1)  # all images have the same number
+    assert engine.reset_prefix_cache()
+    several = [case for case in expected if len(case.images) + len(case.videos) > 1]
+    assert min(differences(engine, several)) > TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +510,6 @@ def test_refused_options(adapter, options, message):
             {"model_type": "qwen3_vl", "architectures": [REFERENCE_ARCHITECTURE]},
             r"as in the authors' implementation.*python -m pvm convert .* --to whole",
         ),
-        ({"text_config": {"pvm_block": "image_order"}}, r"need to know which image.*pvm serve"),
         ({"peft_adapter": "lora"}, r"would be served without it\. Add `--enable-lora --lora-modules NAME=.*/lora`"),
         (
             {"base_model_name_or_path": "/nowhere/base"},

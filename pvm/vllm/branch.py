@@ -31,6 +31,8 @@ class VisualTokens(nn.Module):
     The visual tokens of a step: buffers at fixed addresses (for CUDA graphs), written before the decoder runs.
 
     mask (`torch.BoolTensor` `[max_num_batched_tokens, 1]`): where they are.
+    image_index (`torch.LongTensor` `[max_num_batched_tokens]`): which image or video frame of their prompt they are
+        from, counted from 0.
     embeds (`torch.Tensor` `[max_num_batched_tokens, hidden_size]`): what enters the decoder, of all tokens. A copy,
         because vLLM's norms overwrite it.
     """
@@ -38,6 +40,7 @@ class VisualTokens(nn.Module):
     def __init__(self, max_num_tokens: int, hidden_size: int):
         super().__init__()
         self.register_buffer("mask", torch.zeros(max_num_tokens, 1, dtype=torch.bool), persistent=False)
+        self.register_buffer("image_index", torch.zeros(max_num_tokens, dtype=torch.long), persistent=False)
         self.register_buffer("embeds", torch.zeros(max_num_tokens, hidden_size), persistent=False)
 
 
@@ -150,10 +153,11 @@ class PVMDecoderLayer(Qwen3DecoderLayer):
     def branch(self, residual: torch.Tensor) -> torch.Tensor:
         """From x `[tokens, hidden_size]` to the branch, zero for visual tokens."""
         num_tokens = residual.shape[0]
-        is_visual, embeds = self.visual_tokens.mask[:num_tokens], self.visual_tokens.embeds[:num_tokens]
+        step = self.visual_tokens
+        is_visual, image_index, embeds = (part[:num_tokens] for part in (step.mask, step.image_index, step.embeds))
         attends = None
         if not self.pvm_block.reads_image:
             nothing = residual.new_empty(num_tokens, 1, 0)
             attends = self.visual_attention(nothing, nothing, nothing, is_visual)[1]
-        metadata = CrossAttentionMetadata(attends=attends, mask=is_visual)
+        metadata = CrossAttentionMetadata(attends=attends, mask=is_visual, image_index=image_index)
         return self.pvm_block(residual, embeds, metadata, self.visual_attention).masked_fill(is_visual, 0.0)

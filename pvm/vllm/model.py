@@ -22,6 +22,9 @@ from pvm.vllm.processor import Qwen3VLPVMMultiModalProcessor
 
 logger = init_logger(__name__)
 
+# Of a rotary position. The rest of an int32 are for the number of an image, which branches take modulo 64.
+POSITION_BITS, MAX_IMAGES = 24, 64
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLPVMMultiModalProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
@@ -73,10 +76,25 @@ class Qwen3VLPVMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             mask[: len(is_multimodal), 0].copy_(is_multimodal, non_blocking=True)
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
+    def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
+        """
+        As the stock model's, with the number of the image or video frame in the upper bits of the first row: vLLM
+        passes nothing else to `forward` that knows a whole prompt, in whatever chunks it is computed.
+        """
+        positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
+        tokens = torch.tensor(input_tokens)
+        is_visual = (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
+        is_first = is_visual & ~torch.nn.functional.pad(is_visual[:-1], (1, 0))
+        image_index = (is_first.cumsum(dim=0) - 1) % MAX_IMAGES
+        positions[0] += image_index.masked_fill(~is_visual, 0) << POSITION_BITS
+        return positions, delta
+
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs) -> torch.Tensor:
         """As the stock model's; keeps what enters the decoder."""
         if inputs_embeds is not None:  # else the engine serves text only
             self.visual_tokens.embeds[: len(inputs_embeds)].copy_(inputs_embeds)
+        self.visual_tokens.image_index[: positions.shape[1]].copy_(positions[0] >> POSITION_BITS)
+        positions.bitwise_and_(2**POSITION_BITS - 1)  # in place: CUDA graphs read them where vLLM wrote them
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -6,7 +6,6 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from adapter_qwen3vl_pvm import check_base
 from configuration_qwen3vl_pvm import REFERENCE_ARCHITECTURE
-from variants_qwen3vl_pvm import BLOCKS
 
 
 if TYPE_CHECKING:
@@ -36,11 +35,6 @@ class ServedCheckpoint(VerifyAndUpdateConfig):
                 "implementation), so keys and values cannot be computed once and cached as vLLM does. Its weights "
                 f"may be served with `pvm_causal` on, which changes answers if text precedes an image: `python -m "
                 f"pvm convert {name} FOLDER --to whole`, then set `pvm_causal` to true in FOLDER/config.json."
-            )
-        if BLOCKS[config.text_config.pvm_block].counts_images:
-            raise ValueError(
-                f"The branches of {name} (`{config.text_config.pvm_block}`) need to know which image a visual token "
-                f"is from, and vLLM does not say. Use `pvm serve {name}`."
             )
         if config.peft_adapter is not None and vllm_config.lora_config is None:
             raise ValueError(
