@@ -23,8 +23,8 @@ def examples(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
     digits, rng = Digits.load("test"), np.random.default_rng(0)
     made = []
     for title, filler, cells in (
-        ("One cell, 256 words later", 256, [6]),
         ("One cell, 1,024 words later", 1024, [10]),
+        ("One cell, 256 words later", 256, [6]),
         ("One cell, at once", 0, [13]),
         ("Read the board aloud", 0, range(16)),
     ):
