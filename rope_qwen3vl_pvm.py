@@ -88,12 +88,11 @@ class CachedRopeMixin:
                 "sequence]. Pass `position_ids`."
             )
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and not torch.compiler.is_compiling():
-            if attention_mask.shape[1] < past_length + length:
-                raise ValueError(
-                    f"`attention_mask` covers {attention_mask.shape[1]} tokens, but the cache holds "
-                    f"{int(past_length)} and this pass has {length}. Pass the mask of all of them."
-                )
+        if shows_padding and not torch.compiler.is_compiling() and attention_mask.shape[1] < past_length + length:
+            raise ValueError(
+                f"`attention_mask` covers {attention_mask.shape[1]} tokens, but the cache holds "
+                f"{int(past_length)} and this pass has {length}. Pass the mask of all of them."
+            )
         rope_delta = 0
         if memory is not None:
             rope_delta = memory.next_rope_delta.to(tokens.device)
