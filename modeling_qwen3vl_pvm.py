@@ -259,11 +259,9 @@ class Qwen3VLPVMTextModel(Qwen3VLPVMPreTrainedModel, Qwen3VLTextModel):
         self, index, is_text, attention_mask, position_ids, inputs_embeds, past_key_values, **kwargs
     ) -> BaseModelOutputWithPast:
         """The decoder on the tokens `index` `[batch, text]` alone; their states where they were in `inputs_embeds`."""
-        mask, past_length = is_text, 0
-        if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
-            cached = CachedTokens.of(past_key_values) or CachedTokens.all(past_length, len(index), index.device)
-            mask = torch.cat([cached.mask(attention_mask, past_length), is_text], dim=1)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = CachedTokens.of(past_key_values) or CachedTokens.all(past_length, len(index), index.device)
+        mask = torch.cat([cached.mask(attention_mask, past_length), is_text], dim=1)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=index.device) + past_length
         output = super().forward(
