@@ -342,9 +342,10 @@ class Qwen3VLPVMModel(CachedRopeMixin, Qwen3VLPVMPreTrainedModel, Qwen3VLModel):
         has_images = given & {"pixel_values", "pixel_values_videos"} or kwargs.get("mm_encoder_outputs")
         if not has_images and ("inputs_embeds" in given or "position_ids" not in given):
             has_grids = given & {"image_grid_thw", "video_grid_thw"}
-            if has_grids and get_visual_memory(kwargs.get("past_key_values")) is not None:  # of all images so far?
-                has_grids = self.token_types(input_ids, kwargs.get("inputs_embeds")).any()
             types = kwargs.get("mm_token_type_ids") if "inputs_embeds" in given else None
+            if has_grids and get_visual_memory(kwargs.get("past_key_values")) is not None:  # of all images so far?
+                kwargs["mm_token_type_ids"] = self.token_types(input_ids, kwargs.get("inputs_embeds"))
+                has_grids = kwargs["mm_token_type_ids"].any()
             if has_grids or (types is not None and types.any()):
                 raise ValueError(
                     "Positions or grids of images came without `pixel_values`, so the branches cannot know where "

@@ -99,8 +99,6 @@ class CachedRopeMixin:
             # A cache that was repeated for beams before generate() repeats the tokens: neighbours share their images.
             rope_delta = rope_delta[:: len(rope_delta) // batch_size]
         types = mm_token_type_ids
-        if has_grids and input_ids is not None:
-            types = self.token_types(input_ids, None)
         if not has_grids or (memory is not None and not types.any()):  # then they describe what is remembered
             return (count_tokens(attention_mask, past_length, tokens) + rope_delta).expand(3, batch_size, -1)
 

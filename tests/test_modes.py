@@ -316,6 +316,20 @@ def test_grids_without_pixels_are_refused(model):
         tiny.logits(model, batch)
 
 
+@pytest.mark.parametrize("as_embeddings", [False, True])
+def test_grids_of_remembered_images_with_new_text(model, as_embeddings):
+    first, second = TURNS["an image, then text"][:2]
+    whole, turn = tiny.inputs([*first, *second]), tiny.inputs(second)
+    cache = DynamicCache(config=model.config)
+    tiny.logits(model, tiny.inputs(first), past_key_values=cache, use_cache=True)
+    batch = {"input_ids": turn["input_ids"], **{name: whole[name] for name in ("attention_mask", "image_grid_thw")}}
+    if as_embeddings:
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    logits = tiny.logits(model, batch, past_key_values=cache, use_cache=True)
+    expected = tiny.logits(model, whole)[:, -logits.shape[1] :]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("types", ["none", "zero", "too short", "of all"])
 def test_images_are_found_by_their_tokens(model, types):
     """Whatever `mm_token_type_ids` are, from which the stock model takes rotary positions."""
