@@ -171,8 +171,9 @@ class VisualMemoryLayerMixin:
 
     def batch_repeat_interleave(self, repeats):
         super().batch_repeat_interleave(repeats)
-        if self.visual_memory is not None:
-            self._select(torch.arange(len(self.visual_memory.positions)).repeat_interleave(repeats))
+        carried = self.visual_memory or self.cached_tokens  # cropped to before its images, only the latter is left
+        if carried is not None:
+            self._select(torch.arange(len(carried.positions)).repeat_interleave(repeats))
 
     def _select(self, rows):
         if self.visual_memory is not None:
