@@ -98,15 +98,18 @@ class CachedRopeMixin:
             rope_delta = memory.next_rope_delta.to(tokens.device)
             # A cache that was repeated for beams before generate() repeats the tokens: neighbours share their images.
             rope_delta = rope_delta[:: len(rope_delta) // batch_size]
-        types = mm_token_type_ids
-        if not has_grids or (memory is not None and not types.any()):  # then they describe what is remembered
+        if not has_grids or (
+            memory is not None and not mm_token_type_ids.any()
+        ):  # then they describe what is remembered
             return (count_tokens(attention_mask, past_length, tokens) + rope_delta).expand(3, batch_size, -1)
 
-        self.check_grids(types, image_grid_thw, video_grid_thw)
+        self.check_grids(mm_token_type_ids, image_grid_thw, video_grid_thw)
         mask, past_tokens = None, past_length
         if attention_mask is not None:
             past_tokens = attention_mask[:, :past_length].sum(dim=1, keepdim=True)
             mask = attention_mask[:, past_length : past_length + length].bool()
             mask = mask | ~mask.any(dim=1, keepdim=True)  # the stock method needs at least one token in every row
-        position_ids, _ = self.get_rope_index(types, types, image_grid_thw, video_grid_thw, mask)
+        position_ids, _ = self.get_rope_index(
+            mm_token_type_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, mask
+        )
         return position_ids + past_tokens + rope_delta

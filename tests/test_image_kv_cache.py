@@ -90,6 +90,23 @@ def test_crop(model, mode):
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
+def test_rows_of_a_cache_without_its_images(model):
+    """Evicted, cropped to before all images, then repeated."""
+    start = [[text(3), image(4, 8), text(4, 1)], [text(3, 5), image(4, 8, seed=3), text(4, 6)]]
+    conversation = Conversation(model, start, image_kv_cache="evict")
+    conversation.next_turn()
+    cache, kept = conversation.cache, 2
+    cache.crop(kept - cache.get_seq_length())
+    tokens = torch.tensor([[5, 6, 7], [7, 6, 5]])
+    mask = torch.cat([conversation.whole["attention_mask"][:, :kept], torch.ones_like(tokens)], dim=1)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    expected = tiny.logits(model, inputs, past_key_values=copy.deepcopy(cache), use_cache=True)
+    cache.batch_repeat_interleave(2)
+    repeated = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+    actual = tiny.logits(model, repeated, past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(actual, expected.repeat_interleave(2, dim=0), atol=2e-5, rtol=1e-5)
+
+
 def cropped_reference(model, conversation, kept, inputs):
     """The same text after the first `kept` tokens, all computed at once by the decoder."""
     decoder, calls = model.model.language_model, []
