@@ -52,13 +52,20 @@ def test_the_board_shows_what_the_answer_says():
         assert shown[conversations.NAMES.index(asked)] == answer["content"][0]["text"]
 
 
-def test_after_a_second_board_it_is_the_one_asked_about():
+@pytest.mark.parametrize("stage", ["two", "video"])
+def test_after_a_second_board_it_is_the_one_asked_about(stage):
     unseen = Digits.load("test")
-    for row in data.test_rows("two", unseen, np.random.default_rng(0), share=24):
+    for row in data.test_rows(stage, unseen, np.random.default_rng(0), share=24):
         parts = [[part["type"] for part in message["content"]] for message in row["messages"]]
-        images = [index for index, types in enumerate(parts) if "image" in types]
-        assert len(row["images"]) == len(images) == 2 and images[0] == 0
-        shown = digits_of(row["images"][1], unseen)
+        if stage == "two":
+            images = [index for index, types in enumerate(parts) if "image" in types]
+            assert len(row["images"]) == len(images) == 2 and images[0] == 0
+            shown = digits_of(row["images"][1], unseen)
+        else:
+            assert row["images"] == [] and [types.count("video") for types in parts] == [1] + [0] * (len(parts) - 1)
+            frames = row["videos"][0]
+            before, shown = (digits_of(frame, unseen) for frame in frames[1:3])
+            assert len(frames) == 4 and frames[0] is frames[1] and frames[2] is frames[3] and before != shown
         question, answer = (message["content"][-1]["text"] for message in row["messages"][-2:])
         if row["task"] in ("cell", "near"):
             assert answer == shown[conversations.NAMES.index(question.rpartition(" ")[2].rstrip("?"))]

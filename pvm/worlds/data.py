@@ -3,12 +3,13 @@
     python -m pvm.worlds.data --output_dir data/digits
     python -m pvm.worlds.data --output_dir data/icons --world icons --train_rows 8400
     python -m pvm.worlds.data --output_dir data/digits-two --stage two
+    python -m pvm.worlds.data --output_dir data/digits-video --stage video
 
 The stage `adapt` is what PVM and its controls are trained on (some tokens between image and question; a fifth of the
 second half needs no image) and what everything is tested on: up to 4,096 tokens from the image, and in answers eight
 times as long. Two controls separate losing language from losing sight: questions that need no image, at the same
 distances, and questions about an image right after a text as long. In the stage `two` another image follows in the
-conversation, and every question after it is about that one.
+conversation, and every question after it is about that one. In the stage `video` both are in one video, a second each.
 
 The stages `backbone` and then `long` are what the backbone is trained on. It is asked about near images only, and, so
 that it learns long contexts, about none after texts of up to 512 tokens, then of up to 4,352; the same texts also come
@@ -44,7 +45,7 @@ FEATURES = Features(
 
 
 WORLDS = {"digits": Digits, "icons": Icons}
-TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "backbone": 24_000, "long": 1_920}
+TRAIN_ROWS = {"adapt": 3_360, "two": 3_360, "video": 3_360, "backbone": 24_000, "long": 1_920}
 NAME_SHARE = 0.2  # of rows in the second half: from the start, branches need more steps to learn where cells are
 BLOCK = 16  # successive rows of one kind: long and short ones together would be mostly padding
 LONGEST = 4_352  # tokens of text before the question
@@ -82,6 +83,18 @@ def two_row(world: World, row: dict, rng: np.random.Generator) -> dict:
     """`row`, after one to four questions about other pictures."""
     before = cell_row(world, 0, between(1, 4, rng), rng)
     return {**row, **{key: before[key] + row[key] for key in ("images", "messages")}}
+
+
+def video_row(world: World, row: dict, rng: np.random.Generator) -> dict:
+    """`row`, with its picture at the end of a video that showed another one before, each in two frames: a second."""
+    frames = [picture for picture in (*world.draw(rng)[0], *row["images"]) for _ in range(2)]
+    question, *later = row["messages"]
+    parts = [{**part, "type": part["type"].replace("image", "video")} for part in question["content"]]
+    messages = [{**question, "content": parts}, *later]
+    return {**row, "images": [], "videos": [frames], "messages": messages}
+
+
+SECOND = {"two": two_row, "video": video_row}  # stages whose rows are about the second of two pictures
 
 
 def backbone_row(world: World, rng: np.random.Generator, is_text: bool = False) -> dict:
@@ -152,7 +165,7 @@ def train_rows(stage: str, world: World, number: int, rng: np.random.Generator) 
         for index in range(number):
             needs_image = 2 * index < number or rng.random() >= NAME_SHARE
             row = adapt_row(world, rng) if needs_image else name_row(between(0, 256, rng), 4, rng, world)
-            yield two_row(world, row, rng) if stage == "two" else row
+            yield SECOND[stage](world, row, rng) if stage in SECOND else row
 
 
 def test_rows(stage: str, world: World, rng: np.random.Generator, share: int = 1) -> Iterator[dict]:
@@ -160,8 +173,8 @@ def test_rows(stage: str, world: World, rng: np.random.Generator, share: int = 1
     The test conversations of a stage: questions at every distance, cells of every number read aloud. Of `share` 4, a
     quarter as many.
     """
-    if stage == "two":
-        yield from (two_row(world, row, rng) for row in test_rows("adapt", world, rng, share))
+    if stage in SECOND:
+        yield from (SECOND[stage](world, row, rng) for row in test_rows("adapt", world, rng, share))
         return
     for length in TEST_FILLERS:
         for _ in range(TEST_QUESTIONS // share):
@@ -193,9 +206,10 @@ def write(
         "test": (tested, test_rows(stage, test, np.random.default_rng([seed, 1]))),
         "validation": (tested // 4, test_rows(stage, train, np.random.default_rng([seed, 2]), share=4)),
     }
+    features = Features({**FEATURES, "videos": List(List(Image()))}) if stage == "video" else FEATURES
     for split, (total, rows) in splits.items():
         made = list(tqdm(rows, total=total, desc=f"{output_dir}/{split}"))
-        Dataset.from_list(made, features=FEATURES).to_parquet(output_dir / f"{split}.parquet")
+        Dataset.from_list(made, features=features).to_parquet(output_dir / f"{split}.parquet")
 
 
 def main(arguments: list[str] | None = None) -> None:
