@@ -5,8 +5,8 @@ Why branches fail after long texts: self-attention must fetch what is asked for,
 
 Questions about cells after 256 to 4,096 tokens of text; pictures of the training split, which no report uses. The
 image never enters the decoder (`image_kv_cache="skip"`). Two tables for each model: right answers as it is, and when
-in one layer, but not in the others, the text is hidden from the question; and how much of the last token's attention the
-question's tokens get in each layer, in the head in which they get most.
+in one layer, but not in the others, the text is hidden from the question; and how much of the last token's attention
+the question's tokens get in each layer, in the head in which they get most.
 """
 
 import argparse
