@@ -4,9 +4,11 @@ Why branches fail after long texts: self-attention must fetch what is asked for,
     python -m benchmarks.diluted_question --models runs/digits_pvm
 
 Questions about cells after 256 to 4,096 tokens of text; pictures of the training split, which no report uses. The
-image never enters the decoder (`image_kv_cache="skip"`). Two tables for each model: right answers as it is, and when
-in one layer, but not in the others, the text is hidden from the question; and how much of the last token's attention
-the question's tokens get in each layer, in the head in which they get most.
+image never enters the decoder (`image_kv_cache="skip"`). Two tables for each model:
+
+- right answers as it is; when in one layer, but not in the others, the text is hidden from the question; and when all
+  logits of attention in one layer are 1.5 times as large;
+- how much of the last token's attention the question's tokens get in each layer, in the head in which they get most.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pvm.worlds.data import WORLDS
 
 
 LENGTHS = (256, 1024, 4096)
+SHARPER = 1.5
 SHARE_ROWS = 10  # whole attention matrices are large
 
 
@@ -54,14 +57,27 @@ def hidden_text(attention: nn.Module, length: int, question: int) -> Iterator[No
         handle.remove()
 
 
+@contextmanager
+def sharper(attention: nn.Module, length: int, question: int) -> Iterator[None]:
+    """A layer's `attention` with larger logits, whatever the text."""
+    handle = attention.q_norm.register_forward_hook(lambda module, args, states: SHARPER * states)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+CHANGES = {"text hidden in layer {}": hidden_text, "sharper attention in layer {}": sharper}
+
+
 @torch.no_grad()
-def right_answers(checkpoint: Checkpoint, rows: list[dict], length: int, layer_idx: int | None = None) -> int:
-    """How many first tokens of answers are right when the text is hidden from the question in a layer, if given."""
+def right_answers(checkpoint: Checkpoint, rows: list[dict], length: int, change=None, layer_idx: int = 0) -> int:
+    """How many first tokens of answers are right, with one of `CHANGES` in a layer, if given."""
     model, right = checkpoint.plain_model, 0
     for row in rows:
         inputs, question = encode(checkpoint, row, length)
-        attention = None if layer_idx is None else model.model.language_model.layers[layer_idx].self_attn
-        with nullcontext() if attention is None else hidden_text(attention, length, question):
+        attention = model.model.language_model.layers[layer_idx].self_attn
+        with nullcontext() if change is None else change(attention, length, question):
             found = model(**inputs, image_kv_cache="skip", logits_to_keep=1).logits[0, -1].argmax().item()
         right += found == checkpoint.processor.tokenizer(row["messages"][-1]["content"][0]["text"])["input_ids"][0]
     return right
@@ -89,15 +105,16 @@ def main() -> None:
     for path in args.models:
         checkpoint = load_checkpoint(path)
         layers = range(checkpoint.plain_model.config.text_config.num_hidden_layers)
-        hidden = [None, *layers]
-        right = [[right_answers(checkpoint, rows[n], n, layer) for n in LENGTHS] for layer in tqdm(hidden, desc=path)]
+        settings = {"as it is": (None, 0)}
+        settings |= {name.format(layer): (change, layer) for name, change in CHANGES.items() for layer in layers}
+        table = [
+            [name, *(str(right_answers(checkpoint, rows[length], length, *setting)) for length in LENGTHS)]
+            for name, setting in tqdm(settings.items(), desc=path)
+        ]
         checkpoint.plain_model.set_attn_implementation("eager")  # which returns attention
         shares = zip(*(question_shares(checkpoint, rows[n][:SHARE_ROWS], n) for n in LENGTHS))
         lengths = [f"after {length:,} tokens" for length in LENGTHS]
-        labels = ["as it is", *(f"text hidden in layer {layer}" for layer in layers)]
-        print_table(
-            f"{path}: right answers of {args.rows}", ["", *lengths], [[a, *map(str, b)] for a, b in zip(labels, right)]
-        )
+        print_table(f"{path}: right answers of {args.rows}", ["", *lengths], table)
         labels = [f"layer {layer}" for layer in layers]
         lines = [[label, *(f"{share:.0%}" for share in line)] for label, line in zip(labels, shares)]
         print_table("attention to the question", ["", *lengths], lines)

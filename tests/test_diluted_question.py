@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.diluted_question import encode, hidden_text, question_shares
+from benchmarks.diluted_question import SHARPER, encode, hidden_text, question_shares, sharper
 from configuration_qwen3vl_pvm import Qwen3VLPVMConfig
 from modeling_qwen3vl_pvm import Qwen3VLPVMForConditionalGeneration
 from pvm.checkpoints.loading import load_checkpoint
@@ -64,3 +64,20 @@ def test_the_question_gets_all_attention_where_there_is_no_text(checkpoint, row)
     empty = conversations.cell_row(Digits.load("train"), 0, 1, np.random.default_rng(3))
     near, far = question_shares(checkpoint, [empty], 0), question_shares(checkpoint, [row], LENGTH)
     assert max(near) <= 1 + 1e-6 and all(0 < later < first for first, later in zip(near, far))
+
+
+@torch.no_grad()
+def test_sharper_attention_has_larger_logits(checkpoint, row):
+    checkpoint.model.set_attn_implementation("eager")
+    inputs, question = encode(checkpoint, row, LENGTH)
+    first = checkpoint.model.model.language_model.layers[0].self_attn  # whose input the change does not alter
+
+    def log_weights() -> torch.Tensor:
+        output = checkpoint.model(**inputs, image_kv_cache="skip", output_attentions=True)
+        return output.attentions[0][0, :, -1].log()
+
+    before = log_weights()
+    with sharper(first, LENGTH, question):
+        after = log_weights()
+    torch.testing.assert_close(after, (SHARPER * before).log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_weights(), before)
