@@ -53,10 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
         report = evaluate(args, models)
 
     console = Terminal()
-    for sentence in conclusions(report):
-        console.print(f"- {sentence}")
     for line in [*checkpoint_lines(report), *remarks(report)]:
         console.print(line)
     for table in rich_tables(report):
         console.print(table)
+    console.print()
+    for sentence in conclusions(report):
+        console.print(f"- {sentence}")
     console.print(f"\nWritten: {args.output_dir}/report.html (self-contained), report.md, report.json, predictions/")
