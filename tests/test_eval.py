@@ -352,7 +352,9 @@ def test_a_pvm_model_with_its_gates_at_zero_answers_as_its_base_and_the_report_s
     flags += ["--max_new_tokens", "4", "--diagnostic_rows", "0"]
     eval_script.main([*flags, "--dataset_name", str(data), "--output_dir", str(tmp_path / "report")])
     assert "All gates of off are exactly 0" in (tmp_path / "report" / "report.md").read_text()
-    assert "All gates of off are exactly 0" in capsys.readouterr().out.replace("\n", " ")
+    printed = capsys.readouterr().out
+    assert "All gates of off are exactly 0" in printed.replace("\n", " ")
+    assert printed.rindex("\n- ") > printed.index("Correct answers")  # the verdict is what stays on the screen
     records = read_records(tmp_path / "report", "base")
     assert records == read_records(tmp_path / "report", "off")
     assert [record["row"] for record in records] == [0, 3, 6, 9]  # spread over the data set
